@@ -1,0 +1,1 @@
+"""The mathematics of MiniMax-M2."""
