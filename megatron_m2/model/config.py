@@ -94,8 +94,8 @@ class ModelConfig:
         return layers + vocabulary + self.hidden_size + self.num_mtp_modules * self.mtp_parameters
 
     def num_active_parameters(self) -> int:
-        """Weights of the layers that one token uses (no embedding, head, final norm or MTP): M2's "9.8B" is 9,801,359,872."""
-        return self.num_hidden_layers * self.layer_parameters(self.top_k)
+        """Weights of the layers and the final norm that one token uses, no embedding, head or MTP: M2's "9.8B" is 9,801,359,872."""
+        return self.num_hidden_layers * self.layer_parameters(self.top_k) + self.hidden_size
 
     # ---- arithmetic -----------------------------------------------------------------------------------------------------------
 

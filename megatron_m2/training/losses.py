@@ -1,0 +1,57 @@
+"""Losses on the token forest. All are sums of ``coefficient * log-prob``, normalised by the weights of the whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_m2.forest import TokenForest
+from megatron_m2.model.m2 import M2Output
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Denominators of one optimizer step: the sum of weights of the main loss and of each MTP depth, over all its forests."""
+
+    main: float
+    mtp: tuple[float, ...]
+
+    @classmethod
+    def of(cls, forests: Sequence[TokenForest], num_mtp_modules: int) -> LossWeights:
+        """Module k predicts the tokens of depth > k.
+
+        Raises:
+            ValueError: nothing to predict.
+        """
+        main = sum(float(f.weight.sum()) for f in forests)
+        if main <= 0:
+            raise ValueError("forest.weight: nothing to predict in this step, all weights are 0")
+        return cls(main, tuple(sum(float(f.weight[f.depth > k].sum()) for f in forests) for k in range(1, num_mtp_modules + 1)))
+
+
+@dataclass
+class ForestLoss:
+    """One forest's share of the step's losses; summed over the step's forests they are the step's means.
+
+    Attributes:
+        total: what is differentiated.
+        lm: nats per token of the main head. mtp: mean over the MTP modules. aux: balance loss times its coefficient.
+    """
+
+    total: Tensor
+    lm: Tensor
+    mtp: Tensor
+    aux: Tensor
+
+
+def forest_loss(output: M2Output, forest: TokenForest, weights: LossWeights, mtp_weight: float, num_forests: int) -> ForestLoss:
+    """``-sum(w log p) / W + mtp_weight * mean_k(-sum(w log p_k) / W_k) + aux / num_forests`` (DeepSeek-V3 eq. 24-25)."""
+    lm = -(forest.weight * output.logprobs).sum() / weights.main
+    mtp = lm.new_zeros(())
+    for logprobs, denominator in zip(output.mtp_logprobs, weights.mtp, strict=True):
+        if denominator > 0:
+            mtp = mtp - (forest.weight * logprobs).sum() / denominator / len(weights.mtp)
+    aux = output.aux_loss / num_forests
+    return ForestLoss(lm + mtp_weight * mtp + aux, lm.detach(), mtp.detach(), aux.detach())

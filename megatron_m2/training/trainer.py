@@ -1,0 +1,221 @@
+"""The training loop. One process; what it needs beside the configuration is in the run's folder, so the same command resumes."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_m2.data.dataset import Dataset
+from megatron_m2.forest import TokenForest
+from megatron_m2.model.config import ModelConfig
+from megatron_m2.model.m2 import build_model
+from megatron_m2.ops.router import update_router_bias
+from megatron_m2.training import checkpoint, schedule
+from megatron_m2.training.config import DTYPES, TrainConfig
+from megatron_m2.training.evaluate import evaluate
+from megatron_m2.training.losses import LossWeights, forest_loss
+from megatron_m2.training.metrics import GpuMeter, MetricsLog, expert_load
+from megatron_m2.training.optimizer import MasterAdamW
+
+_log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Model, optimizer and data of one run, at some step.
+
+    Raises:
+        ValueError: the data or a checkpoint does not fit the configuration.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.device = pick_device(config.run.device)
+        self.dataset = Dataset(config.data.path)
+        if self.dataset.vocab_size > config.model.vocab_size:
+            raise ValueError(f"model.vocab_size = {config.model.vocab_size}: {config.data.path} needs at least {self.dataset.vocab_size}")
+        self.stream = self.dataset.stream(config.data.blend, tokens_per_forest=config.data.tokens_per_forest, seq_len=config.data.seq_len,
+                                          seed=config.run.seed)
+        self.model = build_model(config.model, DTYPES[config.run.dtype], self.device, seed=config.run.seed)
+        self.optimizer = MasterAdamW(self.model.named_parameters(), config.optim)
+        self.step = 0
+        self.tokens = 0
+        self.folder = Path(config.run.dir) / "checkpoints"
+        self.last_counts = torch.zeros(0, dtype=torch.int64)
+
+    # ---- one step -------------------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> dict[str, float]:
+        """Forward and backward over the step's forests, one update of weights and router biases.
+
+        Returns:
+            Metrics by name; those under ``throughput/`` and ``time/`` depend on the machine, all others repeat bit for bit.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite; nothing was updated.
+        """
+        started = time.perf_counter()
+        stage, model = self.config.stage, self.model
+        forests = [next(self.stream) for _ in range(stage.forests_per_step)]
+        weights = LossWeights.of(forests, self.config.model.num_mtp_modules)
+        mtp_weight = schedule.mtp_weight(self.step, stage)
+        sums = {"loss/lm": 0.0, "loss/mtp": 0.0, "loss/aux": 0.0}
+        counts = None
+        for forest in forests:
+            forest = forest.to(self.device, non_blocking=True)
+            output = model(forest)
+            loss = forest_loss(output, forest, weights, mtp_weight, len(forests))
+            loss.total.backward()
+            for name, value in zip(sums, (loss.lm, loss.mtp, loss.aux), strict=True):
+                sums[name] += float(value)
+            counts = output.expert_counts if counts is None else counts + output.expert_counts
+        assert counts is not None
+        lr = schedule.learning_rate(self.step, self.config.optim, stage)
+        grad_norm = self.optimizer.step(lr)
+        rate = schedule.router_bias_rate(self.step, stage)
+        if rate > 0:
+            for router, layer_counts in zip(model.routers(), counts, strict=True):
+                update_router_bias(router.bias, layer_counts, rate)
+        self.last_counts = counts
+        self.step += 1
+        tokens = sum(len(f) for f in forests)
+        self.tokens += tokens
+        seconds = time.perf_counter() - started
+        flops = sum(3 * step_forward_flops(self.config.model, f) for f in forests)
+        return {**sums, "loss/mtp_weight": mtp_weight, "optim/lr": lr, "optim/grad_norm": grad_norm, "data/tokens": float(self.tokens),
+                **expert_load(counts), "moe/bias_abs_max": max(float(r.bias.abs().max()) for r in model.routers()),
+                "throughput/tokens_per_s": tokens / seconds, "throughput/model_tflops_per_s": flops / seconds / 1e12,
+                "time/step_s": seconds}
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, max_tokens: int = 0) -> dict[str, float]:
+        """Held-out loss of every dataset of the blend and in bits per byte of all together, on whole documents.
+
+        Args:
+            max_tokens: per dataset, about (0: all). Bytes are those of the documents taken.
+        """
+        values, nats, num_bytes, num_tokens = {}, 0.0, 0, 0
+        data = self.config.data
+        counts = 0
+        for name in data.blend:
+            forests, text_bytes = self.dataset.held_out(name, data.tokens_per_forest, data.seq_len, max_tokens)
+            result = evaluate(self.model, forests)
+            values[f"eval/{name}_bits_per_byte"] = result.bits_per_byte(text_bytes)
+            nats, num_bytes, num_tokens = nats + result.nats, num_bytes + text_bytes, num_tokens + result.tokens
+            counts = counts + result.expert_counts
+        assert isinstance(counts, torch.Tensor)
+        values["eval/bits_per_byte"] = nats / num_bytes / 0.6931471805599453
+        values["eval/loss"] = nats / num_tokens
+        values["eval/max_over_mean_load"] = expert_load(counts[: self.config.model.num_hidden_layers])["moe/max_over_mean_load"]
+        return values
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this step.
+
+        Raises:
+            CheckpointError: it could not be written; earlier ones are untouched.
+        """
+        trainer = {"tokens": self.tokens, "stream": self.stream.state_dict(), "data": self.config.data.path}
+        return checkpoint.save(self.folder, self.step, self.config.model, self._state(), trainer, keep=self.config.run.keep_checkpoints)
+
+    def resume(self) -> bool:
+        """Goes on from the newest checkpoint of the run's folder.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            CheckpointError: it is damaged or of another model.
+        """
+        found = checkpoint.checkpoints(self.folder)
+        if not found:
+            return False
+        saved = checkpoint.read_config(found[-1]).to_dict()
+        for name, value in self.config.model.to_dict().items():
+            if saved[name] != value:
+                raise checkpoint.CheckpointError(f"{found[-1]} is of another model: {name} = {saved[name]}, configured {value}; "
+                                                 "choose another run.dir or the same model")
+        state = self._state()
+        trainer = checkpoint.load(found[-1], state)
+        torch.set_rng_state(state["rng"])
+        self.optimizer.write_back()
+        self.stream.load_state_dict(trainer["stream"])
+        self.step, self.tokens = trainer["step"], trainer["tokens"]
+        return True
+
+
+def step_forward_flops(model: ModelConfig, forest: TokenForest) -> int:
+    """Model FLOPs of one forward over this forest, MTP included."""
+    depth = forest.depth
+    mtp = [int((depth >= k).sum()) for k in range(1, model.num_mtp_modules + 1)]
+    predicted = sum(int(((forest.weight != 0) & (depth > k)).sum()) for k in range(model.num_mtp_modules + 1))
+    return model.forward_flops(len(forest), int((depth.long() + 1).sum()), predicted, sum(mtp))
+
+
+def pick_device(name: str) -> torch.device:
+    """Raises ValueError for a device that this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"run.device = {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"run.device = {name}: torch {torch.__version__} sees no GPU here; use cpu or auto")
+    return device
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them, so that the loop can save first."""
+    caught: list[int] = []
+    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(trainer: Trainer, resolved: dict[str, Any]) -> bool:
+    """Trains from the trainer's step to the end, logging, evaluating and saving on the way.
+
+    Returns:
+        True at the end; False when a signal stopped it, after saving.
+    """
+    run, steps = trainer.config.run, trainer.config.stage.steps
+    log, meter = MetricsLog(run, resolved, trainer.step, steps), GpuMeter(trainer.device)
+    with stop_signals() as signals:
+        try:
+            for _ in itertools.repeat(None, steps - trainer.step):
+                values = trainer.train_step()
+                last = trainer.step == steps
+                if run.eval_every and trainer.step % run.eval_every == 0 and not last:
+                    values.update(trainer.evaluate(run.eval_tokens))
+                elif last:
+                    values.update(trainer.evaluate())
+                if trainer.step % run.log_every == 0 or "eval/loss" in values:
+                    log.write(trainer.step, {**values, **meter.read()})
+                log.progress(trainer.step, {"loss": f"{values['loss/lm']:.3f}", "tok/s": f"{values['throughput/tokens_per_s']:,.0f}"})
+                if last or signals or (run.save_every and trainer.step % run.save_every == 0):
+                    trainer.save()
+                if signals and not last:
+                    _log.warning("stopped by %s after step %d; saved, the same command goes on from there",
+                                 signal.Signals(signals[0]).name, trainer.step)
+                    return False
+        finally:
+            log.close()
+    return True
