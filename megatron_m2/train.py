@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_m2.model.hf import save_hf
 from megatron_m2.training.config import TrainConfig, from_dict
+from megatron_m2.training.memory import keep_freed_memory
 from megatron_m2.training.metrics import read_metrics
 from megatron_m2.training.report import plot_losses, sample_text
 from megatron_m2.training.trainer import Trainer, fit
@@ -85,6 +86,7 @@ def run(config: TrainConfig) -> int:
 
 def main(arguments: list[str]) -> int:
     """Returns the process's exit status: 0 done, 2 the user got something wrong, 1 training failed, 143 stopped by a signal."""
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         config = read_config([a for a in arguments if a != "--cfg"])

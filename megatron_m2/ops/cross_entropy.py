@@ -24,7 +24,12 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logits = F.linear(hidden, weight)
-        normaliser = torch.cat([c.to(wide).logsumexp(-1) for c in logits.split(_CHUNK)]) if len(logits) else logits.new_zeros(0, dtype=wide)
+        normaliser = logits.new_empty(len(targets), dtype=wide)
+        buffer = logits.new_empty(min(_CHUNK, len(targets)), logits.shape[1], dtype=wide)
+        for start in range(0, len(targets), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            chunk = buffer[: len(targets) - start].copy_(logits[rows])
+            torch.logsumexp(chunk, -1, out=normaliser[rows])
         ctx.save_for_backward(hidden, weight, targets, logits, normaliser)
         return logits.gather(1, targets[:, None]).squeeze(1).to(wide) - normaliser
 
@@ -32,10 +37,12 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight, targets, logits, normaliser = ctx.saved_tensors
         d_logits = torch.empty_like(logits)  # a second backward must find the logits unchanged
+        buffer = logits.new_empty(min(_CHUNK, len(targets)), logits.shape[1], dtype=normaliser.dtype)
         for start in range(0, len(targets), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            probs = (logits[rows] - normaliser[rows, None]).exp_().mul_(-grad[rows, None])
-            probs.scatter_add_(1, targets[rows, None], grad[rows, None].to(probs.dtype))
+            probs = buffer[: len(targets) - start]
+            torch.sub(logits[rows], normaliser[rows, None], out=probs).exp_().mul_(-grad[rows, None])
+            probs.scatter_add_(1, targets[rows, None], grad[rows, None])
             d_logits[rows] = probs
         return d_logits @ weight, d_logits.t() @ hidden, None
 
