@@ -10,38 +10,19 @@ import logging
 import sys
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from megatron_m2.model.hf import save_hf
-from megatron_m2.training.config import TrainConfig, from_dict
+from megatron_m2.training.compose import read_config
+from megatron_m2.training.config import TrainConfig
 from megatron_m2.training.memory import keep_freed_memory
 from megatron_m2.training.metrics import read_metrics
 from megatron_m2.training.report import plot_losses, sample_text
 from megatron_m2.training.trainer import Trainer, fit
 
-CONFIGS = Path(__file__).resolve().parent.parent / "hydra_configs"
 TERMINATED = 143  # what a shell reports of a process that SIGTERM ended
 
 _log = logging.getLogger("megatron_m2")
-
-
-def read_config(overrides: list[str]) -> TrainConfig:
-    """Composes ``hydra_configs/train.yaml`` with the overrides.
-
-    Raises:
-        ValueError: one line that names what is wrong.
-    """
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = OmegaConf.to_container(compose("train", overrides), resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
-        raise ValueError(": ".join(str(e).strip().splitlines()[0] for e in (error, cause) if e is not None)) from None
-    assert isinstance(composed, dict)
-    return from_dict({str(k): v for k, v in composed.items()})
 
 
 def finish(trainer: Trainer) -> None:

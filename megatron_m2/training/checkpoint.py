@@ -12,6 +12,8 @@ import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ def save(folder: str | Path, step: int, config: ModelConfig, state: dict[str, An
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
         writing.mkdir()
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(writing / "state", sync_files=True), no_dist=True)
+        with _one_process():
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(writing / "state", sync_files=True), no_dist=True)
         _write_json(writing / "model_config.json", config.to_dict())
         _write_json(writing / "trainer.json", {"step": step, **trainer})
         sizes = {str(p.relative_to(writing)): p.stat().st_size for p in sorted(writing.rglob("*")) if p.is_file()}
@@ -83,7 +86,8 @@ def load(path: str | Path, state: dict[str, Any]) -> dict[str, Any]:
     path = Path(path)
     verify(path)
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path / "state"), no_dist=True)
+        with _one_process():
+            dcp.load(state, storage_reader=dcp.FileSystemReader(path / "state"), no_dist=True)
     except (OSError, CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot load {path}: {_reason(error)}") from error
     trainer: dict[str, Any] = json.loads((path / "trainer.json").read_text())
@@ -161,6 +165,14 @@ def remove_unfinished(folder: str | Path) -> None:
     """Removes what a kill left half-written."""
     for p in Path(folder).glob(f"{_TEMPORARY}*"):
         shutil.rmtree(p)
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """dcp warns on every call that there is no process group, which is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -16,8 +16,8 @@ from megatron_m2.ops.rope import apply_rotary, rotary_angles
 from megatron_m2.ops.tree_attention import tree_attention, tree_attention_reference
 from tests.conftest import random_forest, relative_error
 
-# fp32 rounding of sums of up to a few hundred terms; fp64 leaves only the order of summation
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
+# Against inputs of order 1: the rounding of fp32 sums of up to a few hundred terms; fp64 leaves only the order of summation.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6}
 DTYPES = list(TOLERANCE)
 
 
@@ -34,7 +34,7 @@ def assert_close_to_fp64(op, reference, dtype, *inputs):
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     for actual, expected in zip(gradients(op, *(x.to(dtype) if x.is_floating_point() else x for x in inputs)), gradients(reference, *wide),
                                 strict=True):
-        assert relative_error(actual, expected) < TOLERANCE[dtype]
+        assert (actual - expected).abs().max() < TOLERANCE[dtype] * expected.abs().max().clamp_min(1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -90,7 +90,7 @@ def main() -> None:
 
     from megatron_m2.forest import TokenForest
     from megatron_m2.model.config import ModelConfig
-    from megatron_m2.train import read_config
+    from megatron_m2.training.compose import read_config
     from megatron_m2.training.trainer import step_forward_flops
 
     config: ModelConfig = read_config(["model=bench_48m"]).model

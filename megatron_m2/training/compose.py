@@ -1,0 +1,30 @@
+"""From ``hydra_configs/`` and a user's overrides to the typed configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_m2.training.config import TrainConfig, from_dict
+
+CONFIGS = Path(__file__).resolve().parents[2] / "hydra_configs"
+
+
+def read_config(overrides: list[str]) -> TrainConfig:
+    """Composes ``hydra_configs/train.yaml`` with Hydra overrides.
+
+    Raises:
+        ValueError: one line that names what is wrong.
+    """
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = OmegaConf.to_container(compose("train", overrides), resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+        raise ValueError(": ".join(str(e).strip().splitlines()[0] for e in (error, cause) if e is not None)) from None
+    assert isinstance(composed, dict)
+    return from_dict({str(k): v for k, v in composed.items()})
