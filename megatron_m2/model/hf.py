@@ -115,20 +115,23 @@ class _Checkpoint:
         return replace(config, num_mtp_modules=0)
 
     def _check(self, slots: dict[str, Slot]) -> None:
-        have, folder = self._reader.shape_of, self._reader.folder
+        reader = self._reader
+        quantised = {key for key, dtype in reader.dtype_of.items() if dtype == E4M3}
+        for key in quantised:
+            if not _FP8_KEY.search(key):
+                raise ValueError(f"{reader.folder / reader.file_of[key]}: {key} is FP8; only attention projections and experts can be")
         want = {key: slot.shape for key, slot in slots.items()}
-        want |= {key + _SCALE: scale_shape(shape, self._block) for key, shape in want.items() if self._reader.dtype_of.get(key) == E4M3}
-        for key in [*want, *have]:
-            if key not in have:
-                raise ValueError(f"{folder}: tensor {key} is missing ({sum(k not in have for k in want)} are, of {len(want)})")
-            file = folder / self._reader.file_of[key]
+        want |= {key + _SCALE: scale_shape(slots[key].shape, self._block) for key in want if key in quantised}
+        missing = [key for key in want if key not in reader.file_of]
+        if missing:
+            raise ValueError(f"{reader.folder}: tensor {missing[0]} is missing ({len(missing)} are, of {len(want)})")
+        for key, shape in reader.shape_of.items():
+            file = reader.folder / reader.file_of[key]
             if key not in want:
                 raise ValueError(f"{file}: unexpected tensor {key}; config.json asks for {self.config.num_hidden_layers} layers, "
                                  f"{self.config.num_experts} experts and {self.config.num_mtp_modules} MTP modules")
-            if have[key] != want[key]:
-                raise ValueError(f"{file}: {key} is {list(have[key])}, config.json asks for {list(want[key])}")
-            if self._reader.dtype_of[key] == E4M3 and not _FP8_KEY.search(key):
-                raise ValueError(f"{file}: {key} is FP8; only attention projections and experts can be")
+            if shape != want[key]:
+                raise ValueError(f"{file}: {key} is {list(shape)}, config.json asks for {list(want[key])}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -220,23 +223,25 @@ def save_hf(model: M2Model, path: str | Path, tokenizer_dir: str | Path | None =
     _write(path, hf_config, layout(model.config), lambda slot: slot.view(state), encoding, tokenizer, max_shard_bytes)
 
 
-def convert_shards(source: str | Path, path: str | Path, *, dtype: torch.dtype | None = None, fp8: bool = False,
-                   max_shard_bytes: int = _MAX_SHARD_BYTES) -> None:
+def convert_shards(source: str | Path, path: str | Path, tokenizer_dir: str | Path | None = None, *, dtype: torch.dtype | None = None,
+                   fp8: bool = False, max_shard_bytes: int = _MAX_SHARD_BYTES) -> None:
     """Rewrites a Hugging Face folder in another dtype without building the model: memory for one shard is enough.
 
-    ``config.json`` keeps what it held and gains what servers need; tokenizer files are copied. Arguments as of :func:`save_hf`.
+    ``config.json`` keeps what it held and gains what servers need; tokenizer files are the source's own unless others are given.
+    Arguments as of :func:`save_hf`.
 
     Raises:
-        ValueError: as :func:`load_hf` of ``source`` and :func:`save_hf` to ``path``, or both are the same folder.
+        ValueError: as :func:`load_hf` of ``source`` and :func:`save_hf` to ``path``.
     """
-    if Path(source).resolve() == Path(path).resolve():
-        raise ValueError(f"{path}: source and destination are the same folder")
     read = _Checkpoint(source)
     encoding = _Encoding(dtype or read.dtype, fp8)
     kept = {k: v for k, v in read.hf_config.items() if k != "quantization_config"}
-    special = {k: kept.get(k) for k in ("bos_token_id", "eos_token_id")}
+    if tokenizer_dir is None:
+        tokenizer, special = Path(source), {k: kept.get(k) for k in ("bos_token_id", "eos_token_id")}
+    else:
+        tokenizer, special = Path(tokenizer_dir), special_token_ids(Path(tokenizer_dir))
     hf_config = {**kept, **config_to_hf(read.config, encoding.dtype, fp8, **special)}
-    _write(path, hf_config, read.slots, lambda slot: read.weight(slot.key), encoding, Path(source), max_shard_bytes)
+    _write(path, hf_config, read.slots, lambda slot: read.weight(slot.key), encoding, tokenizer, max_shard_bytes)
 
 
 def special_token_ids(tokenizer_dir: Path) -> dict[str, int]:
