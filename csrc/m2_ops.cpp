@@ -1,0 +1,33 @@
+// Every op of megatron_m2 on one page: schemas here, kernels in csrc/<op>/, Python side in megatron_m2/ops/<op>.py.
+// Shape suffixes: T tokens, E experts, K experts per token.
+#include <Python.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY(m2_ops, m) {
+  // ---- router: sigmoid scores with a choosing bias (DeepSeek-V3 eq. 13-16; MiniMax-M2) -------------------------------------------
+  // E <= 1024, K <= 32, all floats fp32. A NaN logit is chosen before anything else and makes its token's weights NaN.
+
+  // scores = sigmoid(logits_TE); the K greatest scores + bias_E per token, descending, equal ones by the lower expert.
+  // -> weights fp32 [T, K]: chosen scores over their sum, without the bias; experts int32 [T, K];
+  //    counts int64 [E]: choices of each expert, each times its token's multiplicity (int32 [T]; none: 1).
+  m.def("router_topk(Tensor logits, Tensor bias, int top_k, Tensor? multiplicity=None) -> (Tensor weights, Tensor experts, Tensor counts)");
+  // The same with the routes given (int32 [T, K], distinct within a token). A bad route is a ValueError on CPU, a device assert on CUDA.
+  m.def("router_replay(Tensor logits, Tensor experts, Tensor? multiplicity=None) -> (Tensor weights, Tensor counts)");
+  // Gradient of the weights of either by the logits: fp32 [T, E], zero where not chosen.
+  m.def("router_backward(Tensor grad_weights, Tensor logits, Tensor weights, Tensor experts) -> Tensor");
+  // Aux-loss-free balance (arXiv:2408.15664): bias_E += rate * sign(mean(counts_E) - counts_E), the comparison in exact integers.
+  m.def("router_bias_update(Tensor(a!) bias, Tensor counts, float rate) -> ()");
+}
+
+// Importing megatron_m2._C runs the registrations of this library; the module itself only says what it was built with.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+#ifdef M2_WITH_CUDA
+  PyObject* with_cuda = Py_True;
+#else
+  PyObject* with_cuda = Py_False;
+#endif
+  if (module && PyModule_AddObjectRef(module, "with_cuda", with_cuda) < 0) Py_CLEAR(module);
+  return module;
+}
