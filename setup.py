@@ -55,8 +55,8 @@ def extension() -> CppExtension:
     suffixes = (".cpp",) if obstacle else (".cpp", ".cu")
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes)
     # -fopenmp: at::parallel_for is a header template and runs serially without it.
-    # -Wno-maybe-uninitialized: GCC 12 warns inside its own AVX-512 headers (GCC bug 105593).
-    cxx = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-maybe-uninitialized"]
+    # -Wno-...: pragmas of other compilers in torch's headers; GCC 12 suspects its own AVX-512 headers (GCC bug 105593).
+    cxx = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     if platform.machine() in ("x86_64", "AMD64"):
         cxx.append(f"-march={os.environ.get('M2_MARCH', 'native')}")
     nvcc = ["-O3", "-std=c++20", "-lineinfo"]

@@ -54,6 +54,15 @@ int block_find(const int32_t* keys, int32_t key) {
 #endif
 }
 
+// Written as a whole vector: a narrow store would stall the wide load of the same block that follows.
+void block_set(int32_t* keys, int place, int32_t key) {
+#ifdef CPU_CAPABILITY_AVX512
+  _mm512_store_si512(keys, _mm512_mask_set1_epi32(_mm512_load_si512(keys), static_cast<__mmask16>(1u << place), key));
+#else
+  keys[place] = key;
+#endif
+}
+
 constexpr int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
 
 // One token's scores and keys, and two levels of maxima over the keys: 16 keys, 16 blocks.
@@ -81,12 +90,12 @@ class Chooser {
     for (int64_t b = kBlock; b < num_blocks_; b += kBlock) best = std::max(best, block_max(block_max_ + b));
     int64_t group = 0;
     while (block_max(block_max_ + group) != best) group += kBlock;
-    const int64_t block = group + block_find(block_max_ + group, best);
-    int32_t* keys = keys_ + block * kBlock;
-    const int place = block_find(keys, best);
-    keys[place] = kTaken;
-    block_max_[block] = block_max(keys);
-    return static_cast<int32_t>(block * kBlock + place);
+    const int block = block_find(block_max_ + group, best);
+    const int64_t first = (group + block) * kBlock;
+    const int place = block_find(keys_ + first, best);
+    block_set(keys_ + first, place, kTaken);
+    block_set(block_max_ + group, block, block_max(keys_ + first));
+    return static_cast<int32_t>(first + place);
   }
 
   float score(int32_t expert) const { return scores_[expert]; }
