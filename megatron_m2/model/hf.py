@@ -235,12 +235,12 @@ def convert_shards(source: str | Path, path: str | Path, tokenizer_dir: str | Pa
     """
     read = _Checkpoint(source)
     encoding = _Encoding(dtype or read.dtype, fp8)
-    kept = {k: v for k, v in read.hf_config.items() if k != "quantization_config"}
-    if tokenizer_dir is None:
-        tokenizer, special = Path(source), {k: kept.get(k) for k in ("bos_token_id", "eos_token_id")}
-    else:
-        tokenizer, special = Path(tokenizer_dir), special_token_ids(Path(tokenizer_dir))
-    hf_config = {**kept, **config_to_hf(read.config, encoding.dtype, fp8, **special)}
+    tokenizer = Path(tokenizer_dir or source)
+    hf_config = {k: v for k, v in read.hf_config.items() if k != "quantization_config"}
+    carried = ["router_aux_loss_coef"] if tokenizer_dir is not None else ["router_aux_loss_coef", "bos_token_id", "eos_token_id"]
+    special = {} if tokenizer_dir is None else special_token_ids(tokenizer)
+    hf_config |= {k: v for k, v in config_to_hf(read.config, encoding.dtype, fp8, **special).items()
+                  if k not in carried or k not in hf_config}
     _write(path, hf_config, read.slots, lambda slot: read.weight(slot.key), encoding, tokenizer, max_shard_bytes)
 
 
@@ -254,7 +254,7 @@ def special_token_ids(tokenizer_dir: Path) -> dict[str, int]:
     config_file = tokenizer_dir / "tokenizer_config.json"
     named = read_json(config_file) if config_file.is_file() else {}
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    found = {}
+    found: dict[str, int] = {}
     for which in ("bos_token", "eos_token"):
         token = named.get(which)
         token = token["content"] if isinstance(token, dict) else token

@@ -120,6 +120,7 @@ def write_shards(folder: Path, sizes: Mapping[str, int], fetch: Callable[[str], 
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: tensor for key in keys for name, tensor in fetch(key).items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes files that only their owner can read; a server may be someone else
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})

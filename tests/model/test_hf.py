@@ -158,6 +158,7 @@ def test_round_trip_is_exact_and_sharded(dtype: torch.dtype, tmp_path: Path) -> 
     assert_same(load_hf(tmp_path / "hf"), model)
     files = sorted((tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 3
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in files)
     index = json.loads((tmp_path / "hf" / shards.INDEX).read_text())
     assert sum(t.nbytes for t in stored(tmp_path / "hf").values()) == index["metadata"]["total_size"]
     for file in files:
@@ -198,6 +199,12 @@ def test_tokenizer_and_special_ids(tmp_path: Path) -> None:
     convert_shards(tmp_path / "hf", tmp_path / "again")
     assert (tmp_path / "again/tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
     assert json.loads((tmp_path / "again/config.json").read_text()) == config
+    edit_config(tmp_path / "again", router_aux_loss_coef=0.25, bos_token_id=7, note="kept")
+    convert_shards(tmp_path / "again", tmp_path / "third")
+    expected = config | {"router_aux_loss_coef": 0.25, "bos_token_id": 7, "note": "kept"}
+    assert json.loads((tmp_path / "third/config.json").read_text()) == expected
+    convert_shards(tmp_path / "again", tmp_path / "fourth", tokenizer)
+    assert json.loads((tmp_path / "fourth/config.json").read_text())["bos_token_id"] == 1
     (tokenizer / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     with pytest.raises(ValueError, match="eos_token = '<end>'"):
         save_hf(random_model(), tmp_path / "other", tokenizer)
