@@ -108,7 +108,7 @@ __device__ void write_weights(const float* logits_E, int expert, float* weights_
 // The route's j-th expert in lane j < K, after the checks that the CPU makes too.
 __device__ int load_route(const int* experts_K, int top_k, int num_experts, int lane) {
   const int expert = lane < top_k ? experts_K[lane] : -1 - lane;
-  CUDA_KERNEL_ASSERT(lane >= top_k || (expert >= 0 && expert < num_experts) && "router: experts out of range");
+  CUDA_KERNEL_ASSERT((lane >= top_k || (expert >= 0 && expert < num_experts)) && "router: experts out of range");
   CUDA_KERNEL_ASSERT(__match_any_sync(kWarp, expert) == 1u << lane && "router: experts names one twice");
   return expert;
 }
