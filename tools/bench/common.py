@@ -1,0 +1,122 @@
+"""What the benches share: alternated timing, the table, the JSON lines and the cards of ``results/``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROUNDS = 31
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured time beside its baseline's, in the same run.
+
+    Attributes:
+        bench, metric: what was timed.
+        value_us, baseline_us: medians, in microseconds.
+        bytes_moved: least memory traffic of the work, for the rate in GB/s.
+        target: the figure the project wants, in words; empty when there is none.
+    """
+
+    bench: str
+    metric: str
+    value_us: float
+    baseline_us: float
+    bytes_moved: int
+    device: str
+    target: str = ""
+
+    def record(self) -> dict[str, object]:
+        return {"bench": self.bench, "metric": self.metric, "value": round(self.value_us, 2), "baseline": round(self.baseline_us, 2),
+                "ratio": round(self.baseline_us / self.value_us, 3), "unit": "us", "device": self.device}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _as_graph(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # the warm-up that capturing autograd asks for
+        for _ in range(3):
+            work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def _graph_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def medians_us(works: Sequence[Callable[[int], None]], num_inputs: int, device: torch.device) -> list[float]:
+    """Median time of one call of each work, called with the index of its input set; the works alternate, so drift hits all alike.
+
+    On a GPU a CUDA graph runs each work over every input set and replays, so that launches from Python are not what is timed;
+    enough input sets keep the data out of the L2 cache.
+    """
+    timed: list[Callable[[], float]]
+    if device.type == "cuda":
+        graphs = [_as_graph(lambda work=work: [work(i) for i in range(num_inputs)]) for work in works]  # type: ignore[misc]
+        timed = [lambda graph=graph: _graph_seconds(graph) / num_inputs for graph in graphs]  # type: ignore[misc]
+    else:
+        assert num_inputs == 1
+        timed = [lambda work=work: _cpu_seconds(lambda: work(0)) for work in works]  # type: ignore[misc]
+    for _ in range(3):
+        for measure in timed:
+            measure()
+    rounds = [[measure() for measure in timed] for _ in range(ROUNDS)]
+    return [1e6 * statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def report(figures: Sequence[Figure]) -> None:
+    """A table for people, then one JSON object a line; the last line is the last figure's."""
+    print(f"{figures[0].device}, torch {torch.__version__}, medians of {ROUNDS}")
+    print(f"{'':40s}{'us':>10s}{'GB/s':>8s}{'baseline us':>13s}{'ratio':>8s}  target")
+    for f in figures:
+        print(f"{f.bench + ' ' + f.metric:40s}{f.value_us:10.1f}{f.bytes_moved / f.value_us / 1e3:8.0f}{f.baseline_us:13.1f}"
+              f"{f.baseline_us / f.value_us:8.2f}  {f.target}")
+    for f in figures:
+        print(json.dumps(f.record()))
+
+
+def write_cards(figures: Sequence[Figure], folder: Path, commit: str) -> None:
+    """One small YAML card per bench and device: what was run, where, what came out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for bench in dict.fromkeys(f.bench for f in figures):
+        mine = [f for f in figures if f.bench == bench]
+        head = {"command": "python " + " ".join(sys.argv), "commit": commit, "device": mine[0].device, "torch": torch.__version__,
+                "date": datetime.date.today().isoformat()}
+        lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()] + ["figures:"]
+        for f in mine:
+            record = {"measured": f.metric, **{k: v for k, v in f.record().items() if k in ("value", "baseline", "ratio", "unit")},
+                      "gb_per_s": round(f.bytes_moved / f.value_us / 1e3, 1), "target": f.target}
+            first, *rest = (f"{key}: {json.dumps(value)}" for key, value in record.items())
+            lines += [f"  - {first}", *(f"    {line}" for line in rest)]
+        name = f"{bench}_{mine[0].device.split(',')[0].lower().replace(' ', '_')}.yaml"
+        (folder / name).write_text("\n".join(lines) + "\n")
