@@ -122,6 +122,7 @@ def write_shards(folder: Path, sizes: Mapping[str, int], fetch: Callable[[str], 
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors makes files that only their owner can read; a server may be someone else
         weight_map |= dict.fromkeys(tensors, file)
+        del tensors  # before the next shard is gathered
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
