@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class TokenForest:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenForest:
         """The same forest on ``device``."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return TokenForest(**{k: v if v is None else v.to(device, non_blocking=non_blocking) for k, v in moved.items()})
 
     # ---- builders -------------------------------------------------------------------------------------------------------------
@@ -78,7 +79,8 @@ class TokenForest:
         if weight is None:
             weight = (parent_np >= 0).astype(np.float32)
         forest = cls(torch.from_numpy(tokens_np), torch.from_numpy(parent_np), torch.tensor(depth, dtype=torch.int32),
-                     torch.from_numpy(index) + torch.tensor(size, dtype=torch.int32), torch.from_numpy(np.asarray(weight, dtype=np.float32)),
+                     torch.from_numpy(index) + torch.tensor(size, dtype=torch.int32),
+                     torch.from_numpy(np.asarray(weight, dtype=np.float32)),
                      None if multiplicity is None else torch.from_numpy(np.asarray(multiplicity, dtype=np.int32)))
         forest.validate()
         return forest
@@ -148,7 +150,8 @@ class TokenForest:
             if value is None and name == "multiplicity":
                 continue
             if value.dtype != dtype or value.shape != self.tokens.shape or value.device != self.device:
-                raise ValueError(f"{name}: {value.dtype} {list(value.shape)} on {value.device}, need {dtype} [{len(self)}] on {self.device}")
+                raise ValueError(f"{name}: {value.dtype} {list(value.shape)} on {value.device}, need {dtype} [{len(self)}] "
+                                 f"on {self.device}")
         if len(self) == 0:
             raise ValueError("tokens: an empty forest")
         parent, depth, end = (x.cpu().numpy().astype(np.int64) for x in (self.parent, self.depth, self.subtree_end))

@@ -41,7 +41,8 @@ class _Decoder:
         """Hidden states [B, N, H] after the final norm of the next N tokens."""
         new = tokens_BN.shape[1]
         if self.length + new > self.model.config.max_position_embeddings:
-            raise ValueError(f"tokens: {self.length + new} positions, max_position_embeddings = {self.model.config.max_position_embeddings}")
+            raise ValueError(f"tokens: {self.length + new} positions, max_position_embeddings = "
+                             f"{self.model.config.max_position_embeddings}")
         position = torch.arange(self.length, self.length + new, device=tokens_BN.device).repeat(self.batch)
         x, _ = self.model.trunk(self.model.embed_tokens(tokens_BN.flatten()), position, self.caches)
         self.length += new

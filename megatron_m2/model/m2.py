@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +123,7 @@ class M2Model(nn.Module):
         logprobs = self._logprobs(hidden_TH, forest, None, len(forest))
         mtp_logprobs = []
         index, sub, previous_TH = torch.arange(len(forest), device=forest.device), forest, trunk_TH
-        for module in self.mtp:
+        for module in cast(Sequence[MTPModule], self.mtp):
             parent = sub.parent
             sub, kept = sub.without_roots()
             if len(sub) == 0:
@@ -186,7 +187,8 @@ class M2Model(nn.Module):
                              f"{self.config.max_position_embeddings}")
 
 
-def build_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int | None = None) -> M2Model:
+def build_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+                seed: int | None = None) -> M2Model:
     """A model on ``device``; freshly initialised when a seed is given, else uninitialised (to be loaded)."""
     with torch.device(device):
         model = M2Model(config, dtype)
