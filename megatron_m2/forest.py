@@ -46,8 +46,11 @@ class TokenForest:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenForest:
         """The same forest on ``device``."""
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TokenForest(**{k: v if v is None else v.to(device, non_blocking=non_blocking) for k, v in moved.items()})
+        moved: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            moved[f.name] = None if value is None else value.to(device, non_blocking=non_blocking)
+        return TokenForest(**moved)
 
     # ---- builders -------------------------------------------------------------------------------------------------------------
 
