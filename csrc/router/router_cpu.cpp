@@ -22,6 +22,7 @@ namespace {
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kGrain = 64;  // tokens worth a task of their own
+constexpr int kTogether = 4;    // tokens whose choices are interleaved: one choice waits for the last, those of other tokens do not
 constexpr int kBlock = 16;      // keys under one maximum
 constexpr int32_t kTaken = std::numeric_limits<int32_t>::min();  // below the key of every float
 
@@ -91,11 +92,11 @@ class Chooser {
     int64_t group = 0;
     while (block_max(block_max_ + group) != best) group += kBlock;
     const int block = block_find(block_max_ + group, best);
-    const int64_t first = (group + block) * kBlock;
-    const int place = block_find(keys_ + first, best);
-    block_set(keys_ + first, place, kTaken);
-    block_set(block_max_ + group, block, block_max(keys_ + first));
-    return static_cast<int32_t>(first + place);
+    const int64_t start = (group + block) * kBlock;
+    const int place = block_find(keys_ + start, best);
+    block_set(keys_ + start, place, kTaken);
+    block_set(block_max_ + group, block, block_max(keys_ + start));
+    return static_cast<int32_t>(start + place);
   }
 
   float score(int32_t expert) const { return scores_[expert]; }
@@ -162,16 +163,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> router_topk(
   int32_t* experts_TK = experts.mutable_data_ptr<int32_t>();
   std::mutex mutex;
   at::parallel_for(0, num_tokens, kGrain, [&](int64_t begin, int64_t end) {
-    Chooser chooser(num_experts);
+    std::vector<Chooser> choosers(kTogether, Chooser(num_experts));
     LocalCounts local(counts, multiplicity);
-    for (int64_t t = begin; t < end; ++t) {
-      chooser.load(logits_TE + t * num_experts, bias_E);
-      for (int64_t j = t * top_k; j < (t + 1) * top_k; ++j) {
-        experts_TK[j] = chooser.take();
-        weights_TK[j] = chooser.score(experts_TK[j]);
-        local.add(t, experts_TK[j]);
+    for (int64_t first = begin; first < end; first += kTogether) {
+      const int64_t last = std::min(first + kTogether, end);
+      for (int64_t t = first; t < last; ++t) choosers[t - first].load(logits_TE + t * num_experts, bias_E);
+      for (int64_t j = 0; j < top_k; ++j) {
+        for (int64_t t = first; t < last; ++t) {
+          const int32_t expert = choosers[t - first].take();
+          experts_TK[t * top_k + j] = expert;
+          weights_TK[t * top_k + j] = choosers[t - first].score(expert);
+          local.add(t, expert);
+        }
       }
-      normalise(weights_TK + t * top_k, top_k);
+      for (int64_t t = first; t < last; ++t) normalise(weights_TK + t * top_k, top_k);
     }
     local.merge_into(counts, mutex);
   });
