@@ -1,13 +1,10 @@
-"""Hugging Face checkpoints: names, config.json, block-FP8, sharding, and what happens to bad ones and full disks."""
+"""Hugging Face checkpoints: names, round trips and block-FP8."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
-import resource
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,108 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import megatron_m2
 from megatron_m2.model import shards
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.model.fp8 import E4M3, dequantize_blocks, quantize_blocks
-from megatron_m2.model.hf import config_from_hf, config_to_hf, convert_shards, layout, load_hf, save_hf
-from megatron_m2.model.m2 import M2Model, build_model
-
-TINY = ModelConfig(vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                   rotary_dim=4, num_experts=4, top_k=2, intermediate_size=12, max_position_embeddings=64)
-RELEASED = {  # MiniMax-M2's own config.json
-    "architectures": ["MiniMaxM2ForCausalLM"], "attn_type_list": [1] * 62, "bos_token_id": None, "eos_token_id": None, "head_dim": 128,
-    "hidden_act": "silu", "hidden_size": 3072, "initializer_range": 0.02, "intermediate_size": 1536, "layernorm_mlp_beta": 1.0,
-    "max_position_embeddings": 196608, "mlp_intermediate_size": 8192, "model_type": "minimax_m2", "mtp_transformer_layers": 1,
-    "num_attention_heads": 48, "num_experts_per_tok": 8, "num_hidden_layers": 62, "num_key_value_heads": 8, "num_local_experts": 256,
-    "num_mtp_modules": 3, "output_router_logits": False, "qk_norm_type": "per_layer", "rms_norm_eps": 1e-06, "rope_theta": 5000000,
-    "rotary_dim": 64, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "scoring_func": "sigmoid", "shared_intermediate_size": 0,
-    "shared_moe_mode": "sigmoid", "sliding_window": None, "tie_word_embeddings": False, "use_mtp": True, "use_qk_norm": True,
-    "use_routing_bias": True, "vocab_size": 200064,
-    "quantization_config": {"activation_scheme": "dynamic", "fmt": "float8_e4m3fn", "quant_method": "fp8", "weight_block_size": [128, 128],
-                            "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]}}
-
-
-def random_model(config: ModelConfig = TINY, dtype: torch.dtype = torch.float32, seed: int = 0) -> M2Model:
-    model = build_model(config, dtype, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for tensor in model.state_dict().values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return model
-
-
-def assert_same(a: M2Model, b: M2Model) -> None:
-    left, right = a.state_dict(), b.state_dict()
-    assert left.keys() == right.keys()
-    for name in left:
-        assert left[name].dtype == right[name].dtype
-        assert torch.equal(left[name], right[name]), name
-
-
-def stored(path: Path) -> dict[str, Tensor]:
-    return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
-def edit_config(path: Path, **changes: Any) -> None:
-    config = json.loads((path / "config.json").read_text()) | changes
-    (path / "config.json").write_text(json.dumps(config))
-
-
-# ---- config.json ------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_released_config_is_our_default() -> None:
-    assert config_from_hf(RELEASED) == ModelConfig(num_mtp_modules=3)
-    for field, value in config_to_hf(ModelConfig(num_mtp_modules=3), fp8=True).items():
-        if field in RELEASED and field not in ("router_aux_loss_coef", "quantization_config"):
-            assert value == RELEASED[field], field
-
-
-@pytest.mark.parametrize("config", [TINY, replace(TINY, num_mtp_modules=2, rope_theta=1e4), replace(TINY, head_dim=44, rotary_dim=30)])
-def test_config_round_trip(config: ModelConfig) -> None:
-    values = json.loads(json.dumps(config_to_hf(config)))
-    assert config_from_hf(values) == config
-    del values["rotary_dim"], values["rope_theta"]  # as transformers rewrites it
-    assert config_from_hf(values) == config
-
-
-def test_every_rotary_dim_survives_truncation() -> None:
-    for head_dim in range(2, 257, 2):
-        for rotary_dim in range(2, head_dim + 1, 2):
-            factor = config_to_hf(replace(TINY, head_dim=head_dim, rotary_dim=rotary_dim))["rope_parameters"]["partial_rotary_factor"]
-            assert int(head_dim * factor) == rotary_dim
-            assert math.isclose(factor, rotary_dim / head_dim, rel_tol=1e-15)
-
-
-def test_rope_parameters_without_a_factor_rotate_the_whole_head() -> None:
-    values = config_to_hf(TINY) | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    del values["rotary_dim"], values["rope_theta"]
-    assert config_from_hf(values).rotary_dim == TINY.head_dim
-
-
-@pytest.mark.parametrize(("field", "value"), [
-    ("model_type", "llama"), ("use_qk_norm", False), ("qk_norm_type", "per_head"), ("scoring_func", "softmax"), ("use_routing_bias", False),
-    ("shared_intermediate_size", 1024), ("tie_word_embeddings", True), ("hidden_act", "gelu"), ("attention_bias", True),
-    ("rope_scaling", {"type": "yarn", "factor": 4}), ("sliding_window", 4096), ("attn_type_list", [1, 0]), ("mtp_transformer_layers", 2),
-    ("hidden_size", "24"), ("num_local_experts", None), ("num_experts_per_tok", True), ("rotary_dim", 6), ("rope_theta", 1.0),
-    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}), ("num_experts_per_tok", 5), ("num_mtp_modules", -1)])
-def test_config_of_another_model_is_refused(field: str, value: Any) -> None:
-    ours = {"num_experts_per_tok": "num_experts_per_tok|top_k"}.get(field, field)
-    with pytest.raises(ValueError, match=rf"({ours})[a-z_.]* = "):
-        config_from_hf(config_to_hf(TINY) | {"use_mtp": True, field: value})
-
-
-@pytest.mark.parametrize("field", ["vocab_size", "num_local_experts", "rope_theta", "rotary_dim"])
-def test_missing_config_field(field: str) -> None:
-    values = config_to_hf(TINY)
-    for gone in (field, "rope_parameters"):
-        del values[gone]
-    with pytest.raises(ValueError, match=f"{field} = None: missing"):
-        config_from_hf(values)
-
+from megatron_m2.model.hf import config_to_hf, convert_shards, layout, load_hf, save_hf
+from megatron_m2.model.m2 import M2Model
+from tests.model.checkpoints import RELEASED, TINY, assert_same, edit_config, random_model, stored
 
 # ---- layout -----------------------------------------------------------------------------------------------------------------------
 
@@ -304,134 +209,3 @@ def test_other_quantisation_is_refused(quantization: dict[str, Any], field: str,
     edit_config(tmp_path / "hf", quantization_config=quantization)
     with pytest.raises(ValueError, match=rf"config\.json: quantization_config\.{field} = "):
         load_hf(tmp_path / "hf")
-
-
-# ---- damage -----------------------------------------------------------------------------------------------------------------------
-
-KEY = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(path / shards.SINGLE)
-    change(tensors)
-    save_file(tensors, path / shards.SINGLE)
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.pop(KEY), f"tensor {KEY} is missing"),
-    (lambda t: t.update(stray=torch.zeros(1)), r"model\.safetensors: unexpected tensor stray"),
-    (lambda t: t.update({KEY: t[KEY][:, :-1].contiguous()}), rf"{KEY} is \[24, 11\], config.json asks for \[24, 12\]"),
-    (lambda t: t.update({KEY: t[KEY].to(torch.int8)}), f"{KEY} is I8; readable are"),
-    (lambda t: t.update({KEY: t[KEY].to(E4M3)}), f"tensor {KEY}_scale_inv is missing"),
-    (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(E4M3), "model.norm.weight_scale_inv": torch.ones(1, 1)}),
-     r"model\.norm\.weight is FP8"),
-    (lambda t: t.update({f"model.layers.2.{k.split('.', 3)[3]}": v.clone() for k, v in t.items() if k.startswith("model.layers.1.")}),
-     r"unexpected tensor model\.layers\.2\..*asks for 2 layers, 4 experts and 0 MTP"),
-])
-def test_bad_tensors(change: Callable[[dict[str, Tensor]], object], message: str, tmp_path: Path) -> None:
-    save_hf(random_model(), tmp_path / "hf")
-    rewrite(tmp_path / "hf", lambda tensors: change(tensors))
-    with pytest.raises(ValueError, match=message):
-        load_hf(tmp_path / "hf")
-
-
-def test_bad_files(tmp_path: Path) -> None:
-    path = tmp_path / "hf"
-    save_hf(random_model(), path, max_shard_bytes=10_000)
-    first = sorted(path.glob("*.safetensors"))[0]
-    whole, index = first.read_bytes(), (path / shards.INDEX).read_text()
-
-    first.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=rf"{first.name}: damaged or truncated"):
-        load_hf(path)
-    first.write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"{first.name}: damaged or truncated"):
-        load_hf(path)
-    first.unlink()
-    with pytest.raises(ValueError, match=rf"{first.name}: missing"):
-        load_hf(path)
-    first.write_bytes(whole)
-    save_file({KEY: torch.zeros(1)}, path / "extra.safetensors")
-    (path / shards.INDEX).write_text(json.dumps({"weight_map": json.loads(index)["weight_map"] | {"stray": "extra.safetensors"}}))
-    with pytest.raises(ValueError, match=f"extra.safetensors: holds {KEY}, and so does|model-.*: holds {KEY}, and so does extra"):
-        load_hf(path)
-    (path / shards.INDEX).write_text(json.dumps({"weight_map": json.loads(index)["weight_map"] | {"stray": first.name}}))
-    with pytest.raises(ValueError, match=f"puts stray in {first.name}"):
-        load_hf(path)
-    for text in ("{", "[]", '{"weight_map": 3}'):
-        (path / shards.INDEX).write_text(text)
-        with pytest.raises(ValueError, match=r"index\.json: "):
-            load_hf(path)
-    (path / shards.INDEX).unlink()
-    with pytest.raises(ValueError, match="neither"):
-        load_hf(path)
-    edit_config(path, model_type="llama")
-    with pytest.raises(ValueError, match=r"config\.json: model_type = 'llama'"):
-        megatron_m2.load(path)
-    (path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json"):
-        load_hf(path)
-
-
-# ---- full disks and kills ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_files() -> Any:
-    """The kernel refuses files beyond 16 KiB, as a full disk would."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path, small_files: Callable[[], None]) -> None:
-    model = random_model()
-    small_files()
-    with pytest.raises(ValueError, match=rf"cannot write {tmp_path}/hf: .*; nothing of it was kept") as caught:
-        save_hf(model, tmp_path / "hf")
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_keeps_the_earlier_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_hf(random_model(), tmp_path / "hf")
-    written: list[Path] = []
-
-    def full(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-        if written:
-            raise OSError(errno.ENOSPC, "No space left on device", str(file))
-        written.append(file)
-        save_file(tensors, file, metadata)
-
-    monkeypatch.setattr(shards, "save_file", full)
-    with pytest.raises(ValueError, match=r"cannot write .*No space left on device"):
-        save_hf(random_model(seed=1), tmp_path / "hf", max_shard_bytes=10_000)
-    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
-    assert_same(load_hf(tmp_path / "hf"), random_model())
-
-
-def test_an_interrupt_cleans_up_and_a_kill_is_cleaned_up_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(shards, "save_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            save_hf(random_model(), tmp_path / "hf")
-    assert list(tmp_path.iterdir()) == []
-    save_hf(random_model(), tmp_path / ".hf.replaced")  # killed between the two renames
-    (tmp_path / ".hf.writing").mkdir()
-    small = random_model(seed=1)
-    with shards.complete_folder(tmp_path / "hf"):
-        assert_same(load_hf(tmp_path / "hf"), random_model())
-        assert not (tmp_path / ".hf.replaced").exists()
-    save_hf(small, tmp_path / "hf")
-    assert_same(load_hf(tmp_path / "hf"), small)
-    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
-
-
-def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "hf").mkdir()
-    save_hf(random_model(), tmp_path / "hf")  # an empty folder is fine
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis/chapter").write_text("1")
-    with pytest.raises(ValueError, match="exists and is no Hugging Face checkpoint"):
-        save_hf(random_model(), tmp_path / "thesis")
-    assert (tmp_path / "thesis/chapter").read_text() == "1"
