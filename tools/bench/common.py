@@ -47,10 +47,12 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def _cpu_seconds(work: Callable[[], None]) -> float:
+def _cpu_seconds(work: Callable[[], None], calls: int = 3) -> float:
+    work()  # meets the caches and the heap that the other work left
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    for _ in range(calls):
+        work()
+    return (time.perf_counter() - start) / calls
 
 
 def _as_graph(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -91,7 +93,7 @@ def medians_us(works: Sequence[Callable[[int], None]], num_inputs: int, device: 
         for measure in timed:
             measure()
     rounds = [[measure() for measure in timed] for _ in range(ROUNDS)]
-    return [1e6 * statistics.median(times) for times in zip(*rounds, strict=True)]
+    return [1e6 * statistics.median(times) for times in zip(*rounds, strict=True)]  # of each work over the rounds
 
 
 def report(figures: Sequence[Figure]) -> None:
