@@ -1,0 +1,1 @@
+"""From text to token forests: tokenizer, Megatron's indexed files, corpora, weighted blends, packing."""

@@ -1,0 +1,159 @@
+"""Endless, deterministic, exactly resumable batches: weighted blends of documents packed into token forests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_m2.data.indexed import IndexedDataset
+from megatron_m2.forest import TokenForest
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One chain: ``length`` tokens of a document from ``start``. Its first token is input only: a document's bos, or the last token of
+    the piece before, so that every other token of a document is predicted exactly once."""
+
+    dataset: str
+    document: int
+    start: int
+    length: int
+
+
+class _Shuffled:
+    """The documents of one dataset in a new order every epoch, drawn from (seed, number of the dataset, epoch) alone."""
+
+    def __init__(self, lengths: np.ndarray, seed: int, number: int) -> None:
+        # a document of one token has nothing to predict
+        self.usable = np.flatnonzero(lengths >= 2)
+        self.seed, self.number = seed, number
+        self.epoch, self.position = 0, 0
+        self._order = self._shuffle()
+
+    def _shuffle(self) -> np.ndarray:
+        return np.random.default_rng([self.seed, self.number, self.epoch]).permutation(self.usable)
+
+    def next(self) -> int:
+        if self.position == len(self._order):
+            self.epoch, self.position = self.epoch + 1, 0
+            self._order = self._shuffle()
+        self.position += 1
+        return int(self._order[self.position - 1])
+
+    def seek(self, epoch: int, position: int) -> None:
+        self.epoch, self.position = epoch, position
+        self._order = self._shuffle()
+
+
+class ForestStream:
+    """Forests of exactly ``tokens_per_forest`` tokens, from weighted datasets.
+
+    The next document is taken from the dataset that lies furthest below its share of the tokens so far, which keeps every share within
+    one document of its weight; a dataset smaller than its share is repeated, in another order. Documents are cut to chains of at most
+    ``seq_len``, and where a forest is full; the rest follows in the next. Planning looks at lengths only, so a rank skips the
+    forests of others without reading them.
+
+    Args:
+        weights: dataset name to its share (they need not sum to 1).
+        rank, world: this stream yields forests rank, rank + world, ... of the one order that all ranks share.
+
+    Raises:
+        ValueError: a weight without a dataset, negative or all zero; a dataset with nothing to predict; sizes below 2.
+    """
+
+    def __init__(self, datasets: Mapping[str, IndexedDataset], weights: Mapping[str, float], *, tokens_per_forest: int, seq_len: int,
+                 seed: int, rank: int = 0, world: int = 1) -> None:
+        for name, weight in weights.items():
+            if name not in datasets:
+                raise ValueError(f"data.blend.{name}: no such dataset; there are {', '.join(sorted(datasets))}")
+            if not weight >= 0:
+                raise ValueError(f"data.blend.{name} = {weight}: must be at least 0")
+        self.weights = {name: float(w) for name, w in weights.items() if w > 0}
+        if not self.weights:
+            raise ValueError(f"data.blend = {dict(weights)}: at least one weight must be positive")
+        for field, value in (("tokens_per_forest", tokens_per_forest), ("seq_len", seq_len)):
+            if value < 2:
+                raise ValueError(f"data.{field} = {value}: must be at least 2")
+        self.datasets = datasets
+        self.tokens_per_forest, self.seq_len, self.rank, self.world = tokens_per_forest, seq_len, rank, world
+        self._sources = {name: _Shuffled(datasets[name].lengths, seed, i) for i, name in enumerate(sorted(self.weights))}
+        for name, source in self._sources.items():
+            if len(source.usable) == 0:
+                raise ValueError(f"data.blend.{name}: no document of at least 2 tokens")
+        self.drawn = dict.fromkeys(self.weights, 0)  # tokens of the documents taken so far
+        self.forests = 0  # planned so far, of all ranks
+        self._open: Piece | None = None  # what is left of the document being cut
+
+    def __iter__(self) -> Iterator[TokenForest]:
+        return self
+
+    def __next__(self) -> TokenForest:
+        while True:
+            mine = self.forests % self.world == self.rank
+            pieces = self.plan()
+            if mine:
+                return self.build(pieces)
+
+    def plan(self) -> list[Piece]:
+        """The pieces of the next forest in the common order."""
+        pieces, room = [], self.tokens_per_forest
+        while room >= 2:
+            if self._open is None:
+                name = min(self.weights, key=lambda n: (self.drawn[n] / self.weights[n], n))
+                document = self._sources[name].next()
+                length = int(self.datasets[name].lengths[document])
+                self.drawn[name] += length
+                self._open = Piece(name, document, 0, length)
+            rest = self._open
+            take = min(rest.length, self.seq_len, room)
+            pieces.append(Piece(rest.dataset, rest.document, rest.start, take))
+            left = rest.length - take + 1  # the last token taken is the first of what follows
+            self._open = Piece(rest.dataset, rest.document, rest.start + take - 1, left) if left >= 2 else None
+            room -= take
+        self.forests += 1
+        return pieces
+
+    def build(self, pieces: list[Piece]) -> TokenForest:
+        """Reads the tokens of a plan."""
+        return TokenForest.from_documents([self.datasets[p.dataset].read(p.document, p.start, p.length) for p in pieces])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exact position, as plain values."""
+        open_piece = None if self._open is None else [self._open.dataset, self._open.document, self._open.start, self._open.length]
+        return {"forests": self.forests, "drawn": dict(self.drawn), "open": open_piece,
+                "sources": {name: [s.epoch, s.position] for name, s in self._sources.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a position of a stream over the same datasets, weights, sizes and seed.
+
+        Raises:
+            ValueError: the position is of another blend.
+        """
+        if set(state["sources"]) != set(self._sources):
+            raise ValueError(f"data.blend: the saved position is of {sorted(state['sources'])}, configured {sorted(self._sources)}")
+        self.forests, self.drawn = state["forests"], dict(state["drawn"])
+        self._open = None if state["open"] is None else Piece(*state["open"])
+        for name, (epoch, position) in state["sources"].items():
+            self._sources[name].seek(epoch, position)
+
+
+def held_out_forests(dataset: IndexedDataset, documents: int, tokens_per_forest: int, seq_len: int) -> Iterator[TokenForest]:
+    """The first ``documents`` documents once, in order, cut to chains of at most ``seq_len`` that overlap by one token: every token but
+    a document's first is predicted exactly once. Forests have at most ``tokens_per_forest`` tokens."""
+    parts: list[np.ndarray] = []
+    room = tokens_per_forest
+    limit = min(seq_len, tokens_per_forest)
+    for document in range(documents):
+        ids = dataset.read(document)
+        for start in range(0, len(ids) - 1, limit - 1):
+            piece = ids[start : start + limit]
+            if len(piece) > room:
+                yield TokenForest.from_documents(parts)
+                parts, room = [], tokens_per_forest
+            parts.append(piece)
+            room -= len(piece)
+    if parts:
+        yield TokenForest.from_documents(parts)

@@ -1,0 +1,117 @@
+"""Files to clean text: HTML, man pages, POD and compressed files lose their markup, source code and plain text stay as they are."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+CODE_SUFFIXES = frozenset(".py .pyi .c .h .cc .cpp .cu .cuh .hpp .rs .go .java .js .ts .el .sh .pl .rb .lua .sql .hs .ml .scala .kt .swift".split())
+PROSE_SUFFIXES = frozenset(".txt .md .rst .html .htm .pod .tex .org".split())
+_MAN_PAGE = re.compile(r"\.[1-8]$")
+_MAX_FILE = 1_000_000  # bytes; larger ones are tables and generated code
+
+_BLOCK_TAGS = frozenset("p div tr li dt dd br hr table ul ol dl h1 h2 h3 h4 h5 h6 pre section blockquote".split())
+_SKIPPED_TAGS = frozenset("script style head nav footer".split())
+
+
+class _HtmlText(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self.skipping, self.preformatted = 0, 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.skipping += tag in _SKIPPED_TAGS
+        self.preformatted += tag == "pre"
+        if tag in _BLOCK_TAGS:
+            self.parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.skipping = max(0, self.skipping - (tag in _SKIPPED_TAGS))
+        self.preformatted = max(0, self.preformatted - (tag == "pre"))
+        if tag in _BLOCK_TAGS:
+            self.parts.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self.skipping:
+            self.parts.append(data if self.preformatted else re.sub(r"\s+", " ", data))
+
+
+def html_to_text(html: str) -> str:
+    """What a reader sees: no scripts, heads or navigation; one line per block, preformatted text as it is."""
+    parser = _HtmlText()
+    parser.feed(html)
+    parser.close()
+    return _tidy("".join(parser.parts))
+
+
+def pod_to_text(pod: str) -> str:
+    """Perl's documentation out of a .pod or module: headings and paragraphs without ``=`` commands and ``B<...>`` codes."""
+    lines, inside = [], False
+    for line in pod.splitlines():
+        if re.match(r"=[a-zA-Z]", line):
+            inside = not line.startswith("=cut")
+            heading = re.sub(r"^=\S+\s*", "", line) if line.startswith(("=head", "=item")) else ""
+            lines.append(heading)
+        elif inside:
+            lines.append(line)
+    text = "\n".join(lines)
+    for _ in range(3):  # codes nest
+        text = re.sub(r"[BCEFILSXZ]<+\s?((?:[^<>]|(?<=-)>|=>)*?)\s?>+", r"\1", text)
+    return _tidy(text)
+
+
+def man_to_text(roff: str) -> str:
+    """A man page without requests, fonts and escapes."""
+    lines = []
+    for line in roff.splitlines():
+        if line.startswith(('.\\"', "'\\\"")):
+            continue
+        request = re.match(r"[.'](\w+)\s*(.*)", line)
+        if request:
+            line = request[2].replace('"', "") if request[1] in ("SH", "SS", "B", "I", "BR", "IR", "RB", "RI", "BI", "TP", "IP") else ""
+        lines.append(line)
+    text = re.sub(r"\\f(\(..|\[[^]]*\]|.)", "", "\n".join(lines))
+    text = text.replace("\\-", "-").replace("\\&", "").replace("\\(aq", "'").replace("\\e", "\\")
+    return _tidy(text)
+
+
+def _tidy(text: str) -> str:
+    text = re.sub(r"[ \t]+\n", "\n", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def read_text(path: Path) -> tuple[str, str] | None:
+    """(kind, clean text) of a file, kind being "code" or "prose"; None when it is of no known kind, binary, empty or too large."""
+    name = path.name.removesuffix(".gz")
+    suffix = Path(name).suffix.lower()
+    is_man = bool(_MAN_PAGE.search(name)) and "man" in {p.name[:3] for p in path.parents}
+    kind = "code" if suffix in CODE_SUFFIXES else "prose" if suffix in PROSE_SUFFIXES or is_man else None
+    if kind is None or path.stat().st_size > _MAX_FILE:
+        return None
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = raw.decode("utf-8").replace("\r\n", "\n")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError):
+        return None
+    if "\0" in text or len(raw) > _MAX_FILE:
+        return None
+    if suffix in (".html", ".htm"):
+        text = html_to_text(text)
+    elif suffix == ".pod":
+        text = pod_to_text(text)
+    elif is_man:
+        text = man_to_text(text)
+    return (kind, text) if text.strip() else None
+
+
+def drop_boilerplate(texts: list[str], share: float = 0.2) -> list[str]:
+    """Removes lines that stand in more than a share (and more than ten) of the texts: page headers, footers, menus."""
+    seen: Counter[str] = Counter()
+    for text in texts:
+        seen.update({line.strip() for line in text.splitlines()} - {""})
+    common = {line for line, count in seen.items() if count > max(10, share * len(texts)) and len(line) > 3}
+    return [_tidy("\n".join(line for line in text.splitlines() if line.strip() not in common)) for text in texts] if common else texts
