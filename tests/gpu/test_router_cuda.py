@@ -48,7 +48,7 @@ def test_equals_cpu_kernel_on_continuous_logits():
     choice = (logits.double().sigmoid() + bias.double())[differ]
     gap = choice.gather(1, cpu.experts[differ].long()) - choice.gather(1, gpu.experts.cpu()[differ].long())
     assert float(differ.float().mean()) < 0.01
-    assert gap.numel() == 0 or float(gap.abs().max()) < 3e-7
+    assert gap.numel() == 0 or float(gap.abs().max()) < 1e-6
     torch.testing.assert_close(cpu.weights[~differ], gpu.weights.cpu()[~differ], rtol=1e-5, atol=1e-7)
 
 
@@ -112,9 +112,9 @@ def test_bias_update(experts):
 
 
 def test_other_device_is_named():
-    with pytest.raises(ValueError, match="^bias: on cpu, need cuda:0"):
+    with pytest.raises(ValueError, match=r"^bias: on cpu, need cuda:0"):
         sigmoid_router(torch.zeros(2, 4, device="cuda"), torch.zeros(4), 2)
-    with pytest.raises(ValueError, match="^counts: .* on cpu"):
+    with pytest.raises(ValueError, match=r"^counts: .* on cpu"):
         update_router_bias(torch.zeros(4, device="cuda"), torch.zeros(4, dtype=torch.int64), 0.1)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,6 +57,7 @@ def _cpu_seconds(work: Callable[[], None], calls: int = 3) -> float:
 
 
 def _as_graph(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    torch.cuda.synchronize()  # the inputs were made on another stream
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # the warm-up that capturing autograd asks for
         for _ in range(3):
@@ -82,18 +84,21 @@ def medians_us(works: Sequence[Callable[[int], None]], num_inputs: int, device: 
     On a GPU a CUDA graph runs each work over every input set and replays, so that launches from Python are not what is timed;
     enough input sets keep the data out of the L2 cache.
     """
-    timed: list[Callable[[], float]]
+
+    def over_inputs(work: Callable[[int], None]) -> None:
+        for i in range(num_inputs):
+            work(i)
+
+    once = [partial(over_inputs, work) for work in works]
     if device.type == "cuda":
-        graphs = [_as_graph(lambda work=work: [work(i) for i in range(num_inputs)]) for work in works]  # type: ignore[misc]
-        timed = [lambda graph=graph: _graph_seconds(graph) / num_inputs for graph in graphs]  # type: ignore[misc]
+        timed = [partial(_graph_seconds, _as_graph(work)) for work in once]
     else:
-        assert num_inputs == 1
-        timed = [lambda work=work: _cpu_seconds(lambda: work(0)) for work in works]  # type: ignore[misc]
+        timed = [partial(_cpu_seconds, work) for work in once]
     for _ in range(3):
         for measure in timed:
             measure()
     rounds = [[measure() for measure in timed] for _ in range(ROUNDS)]
-    return [1e6 * statistics.median(times) for times in zip(*rounds, strict=True)]  # of each work over the rounds
+    return [1e6 * statistics.median(times) / num_inputs for times in zip(*rounds, strict=True)]
 
 
 def report(figures: Sequence[Figure]) -> None:
