@@ -53,15 +53,17 @@ class ForestStream:
 
     The next document is taken from the dataset that lies furthest below its share of the tokens so far, which keeps every share within
     one document of its weight; a dataset smaller than its share is repeated, in another order. Documents are cut to chains of at most
-    ``seq_len``, and where a forest is full; the rest follows in the next. Planning looks at lengths only, so a rank skips the
-    forests of others without reading them.
+    ``seq_len``, and where a forest is full; the rest follows in the next. Where one place is left, it takes the first token of what
+    follows, as a root that predicts nothing. Planning looks at lengths only, so a rank skips the forests of others without reading them.
 
     Args:
         weights: dataset name to its share (they need not sum to 1).
-        rank, world: this stream yields forests rank, rank + world, ... of the one order that all ranks share.
+        rank, world: this stream yields forests rank, rank + world, ... of the one order that all ranks share. After the same number of
+            forests every rank has the same position, which another number of ranks can go on from.
 
     Raises:
-        ValueError: a weight without a dataset, negative or all zero; a dataset with nothing to predict; sizes below 2.
+        ValueError: a weight without a dataset, negative or all zero; a dataset with nothing to predict; sizes below 2; a rank outside
+            its world.
     """
 
     def __init__(self, datasets: Mapping[str, IndexedDataset], weights: Mapping[str, float], *, tokens_per_forest: int, seq_len: int,
@@ -69,14 +71,14 @@ class ForestStream:
         for name, weight in weights.items():
             if name not in datasets:
                 raise ValueError(f"data.blend.{name}: no such dataset; there are {', '.join(sorted(datasets))}")
-            if not weight >= 0:
-                raise ValueError(f"data.blend.{name} = {weight}: must be at least 0")
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"data.blend.{name} = {weight}: must be at least 0 and finite")
         self.weights = {name: float(w) for name, w in weights.items() if w > 0}
         if not self.weights:
             raise ValueError(f"data.blend = {dict(weights)}: at least one weight must be positive")
-        for field, value in (("tokens_per_forest", tokens_per_forest), ("seq_len", seq_len)):
-            if value < 2:
-                raise ValueError(f"data.{field} = {value}: must be at least 2")
+        _check_sizes(tokens_per_forest, seq_len)
+        if not 0 <= rank < world:
+            raise ValueError(f"rank = {rank}: must be at least 0 and below the {world} ranks")
         self.datasets = datasets
         self.tokens_per_forest, self.seq_len, self.rank, self.world = tokens_per_forest, seq_len, rank, world
         self._sources = {name: _Shuffled(datasets[name].lengths, seed, i) for i, name in enumerate(sorted(self.weights))}
@@ -86,21 +88,21 @@ class ForestStream:
         self.drawn = dict.fromkeys(self.weights, 0)  # tokens of the documents taken so far
         self.forests = 0  # planned so far, of all ranks
         self._open: Piece | None = None  # what is left of the document being cut
+        # a position means the same documents only under these
+        self._made_with = {"seed": seed, "blend": self.weights,
+                           "documents": {name: [len(s.usable), int(datasets[name].lengths.sum())] for name, s in self._sources.items()}}
 
     def __iter__(self) -> Iterator[TokenForest]:
         return self
 
     def __next__(self) -> TokenForest:
-        while True:
-            mine = self.forests % self.world == self.rank
-            pieces = self.plan()
-            if mine:
-                return self.build(pieces)
+        plans = [self.plan() for _ in range(self.world)]
+        return self.build(plans[self.rank])
 
     def plan(self) -> list[Piece]:
         """The pieces of the next forest in the common order."""
         pieces, room = [], self.tokens_per_forest
-        while room >= 2:
+        while room > 0:
             if self._open is None:
                 name = min(self.weights, key=lambda n: (self.drawn[n] / self.weights[n], n))
                 document = self._sources[name].next()
@@ -123,17 +125,18 @@ class ForestStream:
     def state_dict(self) -> dict[str, Any]:
         """The exact position, as plain values."""
         open_piece = None if self._open is None else [self._open.dataset, self._open.document, self._open.start, self._open.length]
-        return {"forests": self.forests, "drawn": dict(self.drawn), "open": open_piece,
+        return {"made_with": self._made_with, "forests": self.forests, "drawn": dict(self.drawn), "open": open_piece,
                 "sources": {name: [s.epoch, s.position] for name, s in self._sources.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a position of a stream over the same datasets, weights, sizes and seed.
+        """Goes on from a position of a stream over the same documents, weights and seed; sizes may differ from here on.
 
         Raises:
-            ValueError: the position is of another blend.
+            ValueError: the position is of another stream.
         """
-        if set(state["sources"]) != set(self._sources):
-            raise ValueError(f"data.blend: the saved position is of {sorted(state['sources'])}, configured {sorted(self._sources)}")
+        for field, value in self._made_with.items():
+            if state["made_with"][field] != value:
+                raise ValueError(f"data: the saved position is of {field} = {state['made_with'][field]}, this stream has {value}")
         self.forests, self.drawn = state["forests"], dict(state["drawn"])
         self._open = None if state["open"] is None else Piece(*state["open"])
         for name, (epoch, position) in state["sources"].items():
@@ -142,7 +145,12 @@ class ForestStream:
 
 def held_out_forests(dataset: IndexedDataset, documents: int, tokens_per_forest: int, seq_len: int) -> Iterator[TokenForest]:
     """The first ``documents`` documents once, in order, cut to chains of at most ``seq_len`` that overlap by one token: every token but
-    a document's first is predicted exactly once. Forests have at most ``tokens_per_forest`` tokens."""
+    a document's first is predicted exactly once. Forests have at most ``tokens_per_forest`` tokens.
+
+    Raises:
+        ValueError: sizes below 2.
+    """
+    _check_sizes(tokens_per_forest, seq_len)
     parts: list[np.ndarray] = []
     room = tokens_per_forest
     limit = min(seq_len, tokens_per_forest)
@@ -157,3 +165,9 @@ def held_out_forests(dataset: IndexedDataset, documents: int, tokens_per_forest:
             room -= len(piece)
     if parts:
         yield TokenForest.from_documents(parts)
+
+
+def _check_sizes(tokens_per_forest: int, seq_len: int) -> None:
+    for field, value in (("tokens_per_forest", tokens_per_forest), ("seq_len", seq_len)):
+        if value < 2:
+            raise ValueError(f"data.{field} = {value}: must be at least 2")
