@@ -109,7 +109,7 @@ def test_any_changed_subtree_end_is_refused(seed, at, value):
 
 def test_wrong_dtypes_and_shapes_are_refused_by_field():
     good = TokenForest.from_documents([[1, 2, 3]])
-    with pytest.raises(ValueError, match="tokens: torch.int32"):
+    with pytest.raises(ValueError, match=r"tokens: torch\.int32"):
         replace(good, tokens=good.tokens.int()).validate()
     with pytest.raises(ValueError, match=r"depth: torch.int32 \[2\]"):
         replace(good, depth=good.depth[:2]).validate()

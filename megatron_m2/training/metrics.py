@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -81,7 +81,8 @@ def _start_wandb(config: RunConfig, resolved: dict[str, Any], folder: Path) -> A
     id_file = folder / "wandb_id"
     run_id = config.wandb_id or (id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4))
     id_file.write_text(run_id + "\n")
-    return wandb.init(project=config.wandb_project, id=run_id, name=folder.name, dir=str(folder), config=resolved, mode=config.wandb,
+    mode: Literal["online", "offline"] = "online" if config.wandb == "online" else "offline"
+    return wandb.init(project=config.wandb_project, id=run_id, name=folder.name, dir=str(folder), config=resolved, mode=mode,
                       resume="allow", settings=wandb.Settings(console="off", silent=True, x_disable_stats=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -102,17 +103,17 @@ class Trainer:
         Args:
             max_tokens: per dataset, about (0: all). Bytes are those of the documents taken.
         """
-        values, nats, num_bytes, num_tokens = {}, 0.0, 0, 0
+        values: dict[str, float] = {}
+        nats, num_bytes, num_tokens = 0.0, 0, 0
         data = self.config.data
-        counts = 0
+        counts = torch.zeros(0, dtype=torch.int64)
         for name in data.blend:
             forests, text_bytes = self.dataset.held_out(name, data.tokens_per_forest, data.seq_len, max_tokens)
             result = evaluate(self.model, forests)
             values[f"eval/{name}_bits_per_byte"] = result.bits_per_byte(text_bytes)
             nats, num_bytes, num_tokens = nats + result.nats, num_bytes + text_bytes, num_tokens + result.tokens
-            counts = counts + result.expert_counts
-        assert isinstance(counts, torch.Tensor)
-        values["eval/bits_per_byte"] = nats / num_bytes / 0.6931471805599453
+            counts = result.expert_counts if len(counts) == 0 else counts + result.expert_counts
+        values["eval/bits_per_byte"] = nats / math.log(2) / num_bytes
         values["eval/loss"] = nats / num_tokens
         values["eval/max_over_mean_load"] = expert_load(counts[: self.config.model.num_hidden_layers])["moe/max_over_mean_load"]
         return values

@@ -93,7 +93,7 @@ def test_damage_is_named(saved, damage):
         victim.unlink()
     else:
         (path / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is damaged: state/|no complete checkpoint") as caught:
+    with pytest.raises(CheckpointError, match=r"is damaged: state/|no complete checkpoint") as caught:
         megatron_m2.load(path)
     assert len(str(caught.value).splitlines()) == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_warmup_stable_decay():
     assert lr[9:60] == [2.0] * 51
     assert lr[79] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
     assert lr[99] == pytest.approx(0.2)
-    assert all(a >= b for a, b in zip(lr[9:], lr[10:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(lr[9:]))
 
 
 def test_mtp_weight_and_bias_rate_move_in_the_decay_only():

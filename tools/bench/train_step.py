@@ -106,8 +106,8 @@ def main() -> None:
     mine, theirs = tokens / statistics.median(ours), tokens / statistics.median(peer)
     share = flops / statistics.median(ours) / statistics.median(rate)
     peer_share = flops / statistics.median(peer) / statistics.median(rate)
-    print(f"{config.num_parameters() / 1e6:.1f}M weights, {a.batch} x {a.seq} tokens, bf16, forward + backward, model FLOPs over torch.mm 2048^3"
-          f" ({statistics.median(rate) / 1e9:.0f} GFLOP/s)")
+    print(f"{config.num_parameters() / 1e6:.1f}M weights, {a.batch} x {a.seq} tokens, bf16, forward + backward, "
+          f"model FLOPs over torch.mm 2048^3 ({statistics.median(rate) / 1e9:.0f} GFLOP/s)")
     print(f"{'':14s}{'tokens/s':>10s}{'% of torch.mm':>15s}")
     print(f"{'megatron_m2':14s}{mine:10.0f}{100 * share:15.1f}")
     print(f"{'transformers':14s}{theirs:10.0f}{100 * peer_share:15.1f}")
