@@ -52,12 +52,14 @@ class ForestStream:
     """Forests of exactly ``tokens_per_forest`` tokens, from weighted datasets.
 
     The next document is taken from the dataset that lies furthest below its share of the tokens so far, which keeps every share within
-    one document of its weight; a dataset smaller than its share is repeated, in another order. Documents are cut to chains of at most
-    ``seq_len``, and where a forest is full; the rest follows in the next. Where one place is left, it takes the first token of what
+    one document of its weight; a dataset smaller than its share is repeated, in another order. ``open_documents`` documents are read side
+    by side, one chain of each in turn, so that a long one does not fill forest after forest by itself. Documents are cut to chains of at
+    most ``seq_len``, and where a forest is full; the rest follows when the document's turn comes again. Where one place is left, it takes the first token of what
     follows, as a root that predicts nothing. Planning looks at lengths only, so a rank skips the forests of others without reading them.
 
     Args:
         weights: dataset name to its share (they need not sum to 1).
+        open_documents: 1 reads each document to its end before the next.
         rank, world: this stream yields forests rank, rank + world, ... of the one order that all ranks share. After the same number of
             forests every rank has the same position, which another number of ranks can go on from.
 
@@ -67,7 +69,7 @@ class ForestStream:
     """
 
     def __init__(self, datasets: Mapping[str, IndexedDataset], weights: Mapping[str, float], *, tokens_per_forest: int, seq_len: int,
-                 seed: int, rank: int = 0, world: int = 1) -> None:
+                 seed: int, open_documents: int = 1, rank: int = 0, world: int = 1) -> None:
         for name, weight in weights.items():
             if name not in datasets:
                 raise ValueError(f"data.blend.{name}: no such dataset; there are {', '.join(sorted(datasets))}")
@@ -77,6 +79,8 @@ class ForestStream:
         if not self.weights:
             raise ValueError(f"data.blend = {dict(weights)}: at least one weight must be positive")
         _check_sizes(tokens_per_forest, seq_len)
+        if open_documents < 1:
+            raise ValueError(f"data.open_documents = {open_documents}: must be at least 1")
         if not 0 <= rank < world:
             raise ValueError(f"rank = {rank}: must be at least 0 and below the {world} ranks")
         self.datasets = datasets
@@ -87,9 +91,10 @@ class ForestStream:
                 raise ValueError(f"data.blend.{name}: no document of at least 2 tokens")
         self.drawn = dict.fromkeys(self.weights, 0)  # tokens of the documents taken so far
         self.forests = 0  # planned so far, of all ranks
-        self._open: Piece | None = None  # what is left of the document being cut
+        self._open: list[Piece | None] = [None] * open_documents  # what is left of each document being read
+        self._turn = 0  # whose chain comes next
         # a position means the same documents only under these
-        self._made_with = {"seed": seed, "blend": self.weights,
+        self._made_with = {"seed": seed, "blend": self.weights, "open_documents": open_documents,
                            "documents": {name: [len(s.usable), int(datasets[name].lengths.sum())] for name, s in self._sources.items()}}
 
     def __iter__(self) -> Iterator[TokenForest]:
@@ -103,20 +108,23 @@ class ForestStream:
         """The pieces of the next forest in the common order."""
         pieces, room = [], self.tokens_per_forest
         while room > 0:
-            if self._open is None:
-                name = min(self.weights, key=lambda n: (self.drawn[n] / self.weights[n], n))
-                document = self._sources[name].next()
-                length = int(self.datasets[name].lengths[document])
-                self.drawn[name] += length
-                self._open = Piece(name, document, 0, length)
-            rest = self._open
+            rest = self._open[self._turn] or self._draw()
             take = min(rest.length, self.seq_len, room)
             pieces.append(Piece(rest.dataset, rest.document, rest.start, take))
             left = rest.length - take + 1  # the last token taken is the first of what follows
-            self._open = Piece(rest.dataset, rest.document, rest.start + take - 1, left) if left >= 2 else None
+            self._open[self._turn] = Piece(rest.dataset, rest.document, rest.start + take - 1, left) if left >= 2 else None
+            self._turn = (self._turn + 1) % len(self._open)
             room -= take
         self.forests += 1
         return pieces
+
+    def _draw(self) -> Piece:
+        """The next whole document, from the dataset furthest below its share."""
+        name = min(self.weights, key=lambda n: (self.drawn[n] / self.weights[n], n))
+        document = self._sources[name].next()
+        length = int(self.datasets[name].lengths[document])
+        self.drawn[name] += length
+        return Piece(name, document, 0, length)
 
     def build(self, pieces: list[Piece]) -> TokenForest:
         """Reads the tokens of a plan."""
@@ -124,8 +132,8 @@ class ForestStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The exact position, as plain values."""
-        open_piece = None if self._open is None else [self._open.dataset, self._open.document, self._open.start, self._open.length]
-        return {"made_with": self._made_with, "forests": self.forests, "drawn": dict(self.drawn), "open": open_piece,
+        return {"made_with": self._made_with, "forests": self.forests, "drawn": dict(self.drawn), "turn": self._turn,
+                "open": [None if p is None else [p.dataset, p.document, p.start, p.length] for p in self._open],
                 "sources": {name: [s.epoch, s.position] for name, s in self._sources.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -138,7 +146,8 @@ class ForestStream:
             if state["made_with"][field] != value:
                 raise ValueError(f"data: the saved position is of {field} = {state['made_with'][field]}, this stream has {value}")
         self.forests, self.drawn = state["forests"], dict(state["drawn"])
-        self._open = None if state["open"] is None else Piece(*state["open"])
+        self._open = [None if p is None else Piece(*p) for p in state["open"]]
+        self._turn = state["turn"]
         for name, (epoch, position) in state["sources"].items():
             self._sources[name].seek(epoch, position)
 

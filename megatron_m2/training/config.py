@@ -21,12 +21,14 @@ class DataConfig:
         blend: dataset name to its share of the training tokens; shares above a dataset's size up-sample it.
         seq_len: longest chain, in tokens; longer documents are cut.
         tokens_per_forest: tokens of one microbatch.
+        open_documents: read side by side, a chain of each in turn, so that a batch mixes many even where each is long.
     """
 
     path: str
     blend: dict[str, float]
     seq_len: int = 1024
     tokens_per_forest: int = 8192
+    open_documents: int = 64
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class TrainConfig:
         _require(2 <= d.seq_len <= self.model.max_position_embeddings, "data.seq_len", d.seq_len,
                  f"between 2 and model.max_position_embeddings = {self.model.max_position_embeddings}")
         _require(d.tokens_per_forest >= 2, "data.tokens_per_forest", d.tokens_per_forest, "at least 2")
+        _require(d.open_documents >= 1, "data.open_documents", d.open_documents, "at least 1")
         _require(len(d.blend) > 0, "data.blend", dict(d.blend), "at least one dataset")
         _require(o.lr > 0, "optim.lr", o.lr, "positive")
         _require(o.grad_clip > 0, "optim.grad_clip", o.grad_clip, "positive")

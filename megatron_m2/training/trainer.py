@@ -43,7 +43,7 @@ class Trainer:
         if self.dataset.vocab_size > config.model.vocab_size:
             raise ValueError(f"model.vocab_size = {config.model.vocab_size}: {config.data.path} needs at least {self.dataset.vocab_size}")
         self.stream = self.dataset.stream(config.data.blend, tokens_per_forest=config.data.tokens_per_forest, seq_len=config.data.seq_len,
-                                          seed=config.run.seed)
+                                          seed=config.run.seed, open_documents=config.data.open_documents)
         self.model = build_model(config.model, DTYPES[config.run.dtype], self.device, seed=config.run.seed)
         self.optimizer = MasterAdamW(self.model.named_parameters(), config.optim)
         self.step = 0

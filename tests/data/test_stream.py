@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,28 @@ def test_each_epoch_predicts_every_token_once(make: Any, lengths: list[int], siz
         assert sorted(seen[epoch * len(want) :][: len(want)]) == sorted(want)
 
 
+@given(lengths=blends, size=sizes, open_documents=st.integers(2, 9), forests=st.integers(1, 30))
+def test_side_by_side_documents_lose_and_repeat_nothing(make: Any, lengths: Lengths, size: dict[str, int], open_documents: int, forests: int
+                                                        ) -> None:
+    """What was predicted and what is still open are together every document as often as it was drawn."""
+    datasets = make(lengths)
+    running = stream(datasets, open_documents=open_documents, **size)
+    counts = Counter(predicted([next(running) for _ in range(forests)]))
+    for piece in running._open:
+        if piece is not None:
+            counts.update(int(t) for t in datasets[piece.dataset].read(piece.document, piece.start, piece.length)[1:])
+    for dataset in datasets.values():
+        drawn = {frozenset(counts[int(t)] for t in dataset.read(i)[1:]) for i in range(len(dataset)) if dataset.lengths[i] >= 2}
+        assert all(len(times) == 1 for times in drawn), "tokens of one document, different counts"
+        times = [n for (n,) in drawn]
+        assert max(times) - min(times) <= 1
+
+
+def test_a_long_document_shares_its_forests(make: Any) -> None:
+    forests = stream(make({"a": [400, 400, 400, 400]}), tokens_per_forest=32, seq_len=8, open_documents=4)
+    assert all(len({int(t) // 400 for t in next(forests).tokens}) == 4 for _ in range(40))
+
+
 def test_epochs_differ_and_depend_on_the_seed(make: Any) -> None:
     datasets = make({"a": [2] * 40})
     def order(seed: int, epochs: int) -> list[int]:
@@ -99,14 +122,14 @@ def test_a_zero_weight_leaves_a_dataset_out(make: Any) -> None:
     assert all(int(next(forests).tokens.min()) >= 10 for _ in range(10))
 
 
-@given(lengths=blends, size=sizes, before=st.integers(0, 12), seed=st.integers(0, 3))
-def test_resume_is_exact(make: Any, lengths: Lengths, size: dict[str, int], before: int, seed: int) -> None:
+@given(lengths=blends, size=sizes, before=st.integers(0, 12), seed=st.integers(0, 3), lanes=st.integers(1, 5))
+def test_resume_is_exact(make: Any, lengths: Lengths, size: dict[str, int], before: int, seed: int, lanes: int) -> None:
     datasets = make(lengths)
-    running = stream(datasets, {"a": 0.3, "b": 0.7}, seed=seed, **size)
+    running = stream(datasets, {"a": 0.3, "b": 0.7}, seed=seed, open_documents=lanes, **size)
     for _ in range(before):
         next(running)
     saved = json.loads(json.dumps(running.state_dict()))
-    resumed = stream(datasets, {"a": 0.3, "b": 0.7}, seed=seed, **size)
+    resumed = stream(datasets, {"a": 0.3, "b": 0.7}, seed=seed, open_documents=lanes, **size)
     resumed.load_state_dict(saved)
     for _ in range(12):
         assert same(next(running), next(resumed))
@@ -136,6 +159,7 @@ def test_ranks_read_only_their_own(make: Any, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("change", "field"), [
     ({"seed": 1}, "seed = 0"),
     ({"weights": {"a": 1.0}}, "blend = "),
+    ({"open_documents": 3}, "open_documents = 1"),
     ({"data": [9, 9]}, "documents = "),
 ])
 def test_a_position_of_another_stream_is_refused(make: Any, change: dict[str, Any], field: str) -> None:
@@ -155,6 +179,7 @@ def test_a_position_of_another_stream_is_refused(make: Any, change: dict[str, An
     ({"empty": 1.0}, {}, r"data\.blend\.empty: no document of at least 2 tokens"),
     ({"a": 1.0}, {"seq_len": 1}, r"data\.seq_len = 1: must be at least 2"),
     ({"a": 1.0}, {"tokens_per_forest": 1}, r"data\.tokens_per_forest = 1: must be at least 2"),
+    ({"a": 1.0}, {"open_documents": 0}, r"data\.open_documents = 0: must be at least 1"),
     ({"a": 1.0}, {"rank": 2, "world": 2}, "rank = 2: must be at least 0 and below the 2 ranks"),
 ])
 def test_bad_arguments(make: Any, weights: dict[str, float], changes: dict[str, Any], message: str) -> None:
