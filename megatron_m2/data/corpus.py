@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_m2.data.text import drop_boilerplate, read_text
+from megatron_m2.data.text import drop_boilerplate, is_html, is_man_page, kind_of, read_text
 
 
 @dataclass(frozen=True)
@@ -27,89 +28,111 @@ class Unavailable(Exception):
     """A package cannot be had on this machine; the message says why."""
 
 
-def folder_documents(folder: Path, skip: frozenset[str] = frozenset()) -> list[Document]:
-    """Every readable text below a folder, in order of path.
+def folder_documents(folder: Path, skip: frozenset[str] = frozenset()) -> Iterator[Document]:
+    """Every readable text below a folder, in order of path, pages of HTML last. Hidden files and folders, and links, are left out.
 
-    Where Sphinx put its sources (``_sources``) beside the HTML made of them, the HTML is left out.
+    HTML and man pages are left out where the text they were made of is there too (Sphinx's ``_sources``, or a text of the same name):
+    twins in training and held-out text would flatter the evaluation.
 
     Args:
         skip: names of subfolders to leave out.
     """
-    paths = []
+    paths: list[Path] = []
     for root, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if f not in skip)
-        paths += [Path(root) / f for f in sorted(files)]
-    has_sources = any("_sources" in p.parts for p in paths)
-    by_kind: dict[str, list[str]] = {"code": [], "prose": [], "html": []}
+        folders[:] = sorted(f for f in folders if f not in skip and not f.startswith("."))
+        paths += [Path(root) / f for f in sorted(files) if not f.startswith(".")]
+    sources = {_stem(p) for p in paths if kind_of(p) == "prose" and not is_html(p) and not is_man_page(p)}
+    has_sphinx = any("_sources" in p.parts for p in paths)
+    pages = []
     for path in paths:
-        is_html = path.suffix in (".html", ".htm")
-        if path.is_symlink() or (has_sources and is_html):
+        made = is_html(path) or is_man_page(path)
+        if path.is_symlink() or (made and _stem(path) in sources) or (has_sphinx and is_html(path)):
             continue
         found = read_text(path)
-        if found:
-            by_kind["html" if is_html else found[0]].append(found[1])
-    return ([Document("code", t) for t in by_kind["code"]] + [Document("prose", t) for t in by_kind["prose"]]
-            + [Document("prose", t) for t in drop_boilerplate(by_kind["html"])])
+        if found and is_html(path):
+            pages.append(found[1])
+        elif found:
+            yield Document(*found)
+    for text in drop_boilerplate(pages):
+        if text.strip():
+            yield Document("prose", text)
 
 
-def stdlib_documents() -> list[Document]:
+def _stem(path: Path) -> str:
+    """``append1`` of append1.md.gz and append1.html: the name without its suffixes."""
+    return path.name.partition(".")[0]
+
+
+def stdlib_documents() -> Iterator[Document]:
     """Python's own standard library with its tests; the generated character tables are left out."""
     return folder_documents(Path(sysconfig.get_path("stdlib")), frozenset({"site-packages", "dist-packages", "encodings", "__pycache__"}))
 
 
-def site_packages_documents() -> list[Document]:
-    """Python sources of the packages installed beside this one."""
-    documents = folder_documents(Path(sysconfig.get_path("purelib")), frozenset({"__pycache__"}))
-    return [d for d in documents if d.kind == "code"]
+def site_packages_documents() -> Iterator[Document]:
+    """Sources of the packages installed beside this one."""
+    return (d for d in folder_documents(Path(sysconfig.get_path("purelib")), frozenset({"__pycache__"})) if d.kind == "code")
 
 
 def jsonl_documents(path: Path, field: str) -> Iterator[Document]:
-    """One document per line, its text in ``field``.
+    """One document per line, its text in ``field``; empty lines and empty texts are passed over.
 
     Raises:
-        ValueError: a line that is no JSON object or lacks the field; it names file and line.
+        ValueError: a line that is no JSON object, lacks the field, or is no valid Unicode; it names file and line.
     """
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
+            if not line.strip():
+                continue
             try:
                 text = json.loads(line)[field]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: not a JSON object with a field {field!r} ({type(error).__name__})") from None
-            if not isinstance(text, str):
-                raise ValueError(f"{path}:{number}: field {field!r} is {type(text).__name__}, not text")
+                if not isinstance(text, str):
+                    raise TypeError(f"that is {type(text).__name__}")
+                text.encode()  # JSON can escape half of a surrogate pair
+            except (ValueError, KeyError, TypeError) as error:
+                reason = str(error).partition(":")[0] if isinstance(error, json.JSONDecodeError) else f"{type(error).__name__}: {error}"
+                raise ValueError(f"{path}:{number}: not a JSON object with text in {field!r} ({reason})") from None
             if text.strip():
                 yield Document("prose", text)
 
 
-def debian_documents(package: str, downloads: Path) -> list[Document]:
+def debian_documents(package: str, downloads: Path) -> Iterator[Document]:
     """Documentation of a Debian package: downloaded (not installed) once into ``downloads``, unpacked to a temporary folder.
 
     Raises:
         Unavailable: no apt here, or it cannot give the package.
     """
-    found = sorted(downloads.glob(f"{package}_*.deb"))
-    if not found:
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise Unavailable("no apt-get on this machine")
+    if not list(downloads.glob(f"{package}_*.deb")):
         _download(package, downloads)
-        found = sorted(downloads.glob(f"{package}_*.deb"))
     with tempfile.TemporaryDirectory() as unpacked:
-        done = subprocess.run(["dpkg-deb", "-x", str(found[-1]), unpacked], capture_output=True, text=True)
+        done = _run(["dpkg-deb", "-x", str(max(downloads.glob(f"{package}_*.deb"))), unpacked])
         if done.returncode:
-            raise Unavailable(f"dpkg-deb: {_last_line(done.stderr)}")
-        return folder_documents(Path(unpacked) / "usr" / "share")
+            raise Unavailable(_last_line(done.stderr))
+        yield from folder_documents(Path(unpacked) / "usr" / "share")
 
 
 def _download(package: str, downloads: Path) -> None:
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise Unavailable("no apt-get on this machine")
     downloads.mkdir(parents=True, exist_ok=True)
-    # the sandbox user of apt may not write here; being root it says so and goes on, so only the exit status counts
-    command = ["apt-get", "download", "-qq", package]
-    done = subprocess.run(command, cwd=downloads, capture_output=True, text=True)
-    if done.returncode and os.geteuid() == 0:  # a fresh machine has no package lists yet
-        subprocess.run(["apt-get", "update", "-qq"], capture_output=True, text=True)
-        done = subprocess.run(command, cwd=downloads, capture_output=True, text=True)
-    if done.returncode:
-        raise Unavailable(_last_line(done.stderr))
+    command = ["apt-get", "download", "-qq", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20", package]
+    with tempfile.TemporaryDirectory(dir=downloads) as arriving:  # a download cut short is never taken for a package
+        done = _run(command, arriving)
+        if done.returncode and _update_lists():
+            done = _run(command, arriving)
+        if done.returncode:
+            raise Unavailable(_last_line(done.stderr))
+        for package_file in Path(arriving).glob("*.deb"):
+            os.replace(package_file, downloads / package_file.name)
+
+
+@functools.cache
+def _update_lists() -> bool:
+    """A fresh machine has no package lists yet, and only root may fetch them. Tried once; whether there are new lists."""
+    return os.geteuid() == 0 and _run(["apt-get", "update", "-qq"]).returncode == 0
+
+
+def _run(command: list[str], folder: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def _last_line(text: str) -> str:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
-CODE_SUFFIXES = frozenset(".py .pyi .c .h .cc .cpp .cu .cuh .hpp .rs .go .java .js .ts .el .sh .pl .rb .lua .sql .hs .ml .scala .kt .swift".split())
-PROSE_SUFFIXES = frozenset(".txt .md .rst .html .htm .pod .tex .org".split())
-_MAN_PAGE = re.compile(r"\.[1-8]$")
-_MAX_FILE = 1_000_000  # bytes; larger ones are tables and generated code
+CODE_SUFFIXES = frozenset([
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cu", ".cuh", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".el", ".sh", ".pl", ".rb",
+    ".lua", ".sql", ".hs", ".ml", ".scala", ".kt", ".swift",
+])
+PROSE_SUFFIXES = frozenset([".txt", ".md", ".rst", ".html", ".htm", ".pod", ".tex", ".org"])
+_MAN_PAGE = re.compile(r"\.[1-8][a-z]*$")
+_MAX_CODE = 1_000_000  # bytes; larger sources are tables and generated code
 
-_BLOCK_TAGS = frozenset("p div tr li dt dd br hr table ul ol dl h1 h2 h3 h4 h5 h6 pre section blockquote".split())
-_SKIPPED_TAGS = frozenset("script style head nav footer".split())
+_BLOCK_TAGS = frozenset([
+    "p", "div", "tr", "li", "dt", "dd", "br", "hr", "table", "ul", "ol", "dl", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "section",
+    "blockquote",
+])
+_SKIPPED_TAGS = frozenset(["script", "style", "head", "nav", "footer"])
 
 
 class _HtmlText(HTMLParser):
@@ -84,26 +91,39 @@ def _tidy(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def is_html(path: Path) -> bool:
+    return path.name.removesuffix(".gz").endswith((".html", ".htm"))
+
+
+def is_man_page(path: Path) -> bool:
+    return bool(_MAN_PAGE.search(path.name.removesuffix(".gz"))) and path.parent.name.startswith("man")
+
+
+def kind_of(path: Path) -> str | None:
+    """"code" or "prose" by the file's name; None when it is of no known kind."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if suffix in CODE_SUFFIXES:
+        return "code"
+    return "prose" if suffix in PROSE_SUFFIXES or is_man_page(path) else None
+
+
 def read_text(path: Path) -> tuple[str, str] | None:
-    """(kind, clean text) of a file, kind being "code" or "prose"; None when it is of no known kind, binary, empty or too large."""
-    name = path.name.removesuffix(".gz")
-    suffix = Path(name).suffix.lower()
-    is_man = bool(_MAN_PAGE.search(name)) and "man" in {p.name[:3] for p in path.parents}
-    kind = "code" if suffix in CODE_SUFFIXES else "prose" if suffix in PROSE_SUFFIXES or is_man else None
-    if kind is None or path.stat().st_size > _MAX_FILE:
+    """(kind, clean text) of a file; None when it is of no known kind, binary, damaged, empty, or generated (code above 1 MB)."""
+    kind = kind_of(path)
+    if kind is None or not path.is_file():
         return None
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8").replace("\r\n", "\n")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError):
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error):
         return None
-    if "\0" in text or len(raw) > _MAX_FILE:
+    if "\0" in text or (kind == "code" and len(raw) > _MAX_CODE):
         return None
-    if suffix in (".html", ".htm"):
+    if is_html(path):
         text = html_to_text(text)
-    elif suffix == ".pod":
+    elif path.name.removesuffix(".gz").endswith(".pod"):
         text = pod_to_text(text)
-    elif is_man:
+    elif is_man_page(path):
         text = man_to_text(text)
     return (kind, text) if text.strip() else None
 

@@ -97,14 +97,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         ValueError: fewer ids than the 256 bytes and the special tokens need.
     """
-    least = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < least:
-        raise ValueError(f"vocab_size = {vocab_size}: must be at least {least}, 256 bytes and {len(SPECIAL_TOKENS)} special tokens")
+    check_vocab_size(vocab_size)
     backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises ValueError for fewer ids than a byte-level vocabulary needs."""
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size = {vocab_size}: must be at least {least}, 256 bytes and {len(SPECIAL_TOKENS)} special tokens")
 
 
 def o200k_tokenizer() -> Tokenizer:
