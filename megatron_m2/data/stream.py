@@ -23,43 +23,60 @@ class Piece:
     length: int
 
 
-class _Shuffled:
-    """The documents of one dataset in a new order every epoch, drawn from (seed, number of the dataset, epoch) alone."""
+class _Reader:
+    """Chains of one dataset: some documents are read side by side, a chain of each in turn; when one ends, the next of the epoch takes its
+    place. The order is new every epoch, drawn from (seed, number of the dataset, epoch) alone."""
 
-    def __init__(self, lengths: np.ndarray, seed: int, number: int) -> None:
+    def __init__(self, name: str, lengths: np.ndarray, seed: int, number: int, open_documents: int) -> None:
+        self.name, self.lengths, self.seed, self.number = name, lengths, seed, number
         # a document of one token has nothing to predict
         self.usable = np.flatnonzero(lengths >= 2)
-        self.seed, self.number = seed, number
-        self.epoch, self.position = 0, 0
+        self.epoch, self.position, self.turn = 0, 0, 0
+        self.open: list[tuple[int, int] | None] = [None] * open_documents  # document and where its next chain starts
         self._order = self._shuffle()
 
-    def _shuffle(self) -> np.ndarray:
-        return np.random.default_rng([self.seed, self.number, self.epoch]).permutation(self.usable)
+    def take(self, most: int) -> Piece:
+        """The next chain, of at most ``most`` tokens."""
+        document, start = self.open[self.turn] or (self._next_document(), 0)
+        length = min(int(self.lengths[document]) - start, most)
+        last = start + length - 1  # is the first token of what follows
+        self.open[self.turn] = (document, last) if last + 1 < self.lengths[document] else None
+        self.turn = (self.turn + 1) % len(self.open)
+        return Piece(self.name, document, start, length)
 
-    def next(self) -> int:
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, "turn": self.turn,
+                "open": [None if o is None else list(o) for o in self.open]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.position, self.turn = state["epoch"], state["position"], state["turn"]
+        self.open = [None if o is None else (o[0], o[1]) for o in state["open"]]
+        self._order = self._shuffle()
+
+    def _next_document(self) -> int:
         if self.position == len(self._order):
             self.epoch, self.position = self.epoch + 1, 0
             self._order = self._shuffle()
         self.position += 1
         return int(self._order[self.position - 1])
 
-    def seek(self, epoch: int, position: int) -> None:
-        self.epoch, self.position = epoch, position
-        self._order = self._shuffle()
+    def _shuffle(self) -> np.ndarray:
+        return np.random.default_rng([self.seed, self.number, self.epoch]).permutation(self.usable)
 
 
 class ForestStream:
     """Forests of exactly ``tokens_per_forest`` tokens, from weighted datasets.
 
-    The next document is taken from the dataset that lies furthest below its share of the tokens so far, which keeps every share within
-    one document of its weight; a dataset smaller than its share is repeated, in another order. ``open_documents`` documents are read side
-    by side, one chain of each in turn, so that a long one does not fill forest after forest by itself. Documents are cut to chains of at
-    most ``seq_len``, and where a forest is full; the rest follows when the document's turn comes again. Where one place is left, it takes the first token of what
-    follows, as a root that predicts nothing. Planning looks at lengths only, so a rank skips the forests of others without reading them.
+    The next chain is taken from the dataset that lies furthest below its share of the tokens so far, so that none runs ahead of its
+    share by more than a chain; a dataset smaller than its share is repeated, in another order. Of each dataset ``open_documents``
+    documents are read side by side, a chain of each in turn, so that a long one does not fill forest after forest by itself. Documents
+    are cut to chains of at most ``seq_len``, and where a forest is full; the rest follows when the document's turn comes again. Where
+    one place is left, it takes the first token of what follows, as a root that predicts nothing. Planning looks at lengths only, so a
+    rank skips the forests of others without reading them.
 
     Args:
         weights: dataset name to its share (they need not sum to 1).
-        open_documents: 1 reads each document to its end before the next.
+        open_documents: per dataset; 1 reads each document to its end before the next.
         rank, world: this stream yields forests rank, rank + world, ... of the one order that all ranks share. After the same number of
             forests every rank has the same position, which another number of ranks can go on from.
 
@@ -85,17 +102,16 @@ class ForestStream:
             raise ValueError(f"rank = {rank}: must be at least 0 and below the {world} ranks")
         self.datasets = datasets
         self.tokens_per_forest, self.seq_len, self.rank, self.world = tokens_per_forest, seq_len, rank, world
-        self._sources = {name: _Shuffled(datasets[name].lengths, seed, i) for i, name in enumerate(sorted(self.weights))}
-        for name, source in self._sources.items():
-            if len(source.usable) == 0:
+        self._readers = {name: _Reader(name, datasets[name].lengths, seed, number, open_documents)
+                         for number, name in enumerate(sorted(self.weights))}
+        for name, reader in self._readers.items():
+            if len(reader.usable) == 0:
                 raise ValueError(f"data.blend.{name}: no document of at least 2 tokens")
-        self.drawn = dict.fromkeys(self.weights, 0)  # tokens of the documents taken so far
+        self.taken = dict.fromkeys(self.weights, 0)  # tokens in the forests planned so far
         self.forests = 0  # planned so far, of all ranks
-        self._open: list[Piece | None] = [None] * open_documents  # what is left of each document being read
-        self._turn = 0  # whose chain comes next
         # a position means the same documents only under these
         self._made_with = {"seed": seed, "blend": self.weights, "open_documents": open_documents,
-                           "documents": {name: [len(s.usable), int(datasets[name].lengths.sum())] for name, s in self._sources.items()}}
+                           "documents": {name: [len(r.usable), int(r.lengths.sum())] for name, r in self._readers.items()}}
 
     def __iter__(self) -> Iterator[TokenForest]:
         return self
@@ -108,23 +124,13 @@ class ForestStream:
         """The pieces of the next forest in the common order."""
         pieces, room = [], self.tokens_per_forest
         while room > 0:
-            rest = self._open[self._turn] or self._draw()
-            take = min(rest.length, self.seq_len, room)
-            pieces.append(Piece(rest.dataset, rest.document, rest.start, take))
-            left = rest.length - take + 1  # the last token taken is the first of what follows
-            self._open[self._turn] = Piece(rest.dataset, rest.document, rest.start + take - 1, left) if left >= 2 else None
-            self._turn = (self._turn + 1) % len(self._open)
-            room -= take
+            name = min(self.weights, key=lambda n: (self.taken[n] / self.weights[n], n))
+            piece = self._readers[name].take(min(self.seq_len, room))
+            pieces.append(piece)
+            self.taken[name] += piece.length
+            room -= piece.length
         self.forests += 1
         return pieces
-
-    def _draw(self) -> Piece:
-        """The next whole document, from the dataset furthest below its share."""
-        name = min(self.weights, key=lambda n: (self.drawn[n] / self.weights[n], n))
-        document = self._sources[name].next()
-        length = int(self.datasets[name].lengths[document])
-        self.drawn[name] += length
-        return Piece(name, document, 0, length)
 
     def build(self, pieces: list[Piece]) -> TokenForest:
         """Reads the tokens of a plan."""
@@ -132,9 +138,8 @@ class ForestStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The exact position, as plain values."""
-        return {"made_with": self._made_with, "forests": self.forests, "drawn": dict(self.drawn), "turn": self._turn,
-                "open": [None if p is None else [p.dataset, p.document, p.start, p.length] for p in self._open],
-                "sources": {name: [s.epoch, s.position] for name, s in self._sources.items()}}
+        return {"made_with": self._made_with, "forests": self.forests, "taken": dict(self.taken),
+                "readers": {name: reader.state_dict() for name, reader in self._readers.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a position of a stream over the same documents, weights and seed; sizes may differ from here on.
@@ -145,11 +150,9 @@ class ForestStream:
         for field, value in self._made_with.items():
             if state["made_with"][field] != value:
                 raise ValueError(f"data: the saved position is of {field} = {state['made_with'][field]}, this stream has {value}")
-        self.forests, self.drawn = state["forests"], dict(state["drawn"])
-        self._open = [None if p is None else Piece(*p) for p in state["open"]]
-        self._turn = state["turn"]
-        for name, (epoch, position) in state["sources"].items():
-            self._sources[name].seek(epoch, position)
+        self.forests, self.taken = state["forests"], dict(state["taken"])
+        for name, reader in self._readers.items():
+            reader.load_state_dict(state["readers"][name])
 
 
 def held_out_forests(dataset: IndexedDataset, documents: int, tokens_per_forest: int, seq_len: int) -> Iterator[TokenForest]:
