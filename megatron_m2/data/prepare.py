@@ -78,7 +78,7 @@ def prepare(folder: Path, documents: Iterable[Document], config: PrepareConfig) 
     given = None if config.tokenizer == "bpe" else _given_tokenizer(config.tokenizer)
     with _replacing(folder) as writing, tempfile.TemporaryFile(dir=writing) as file:
         spool = Spool(file)
-        for document in tqdm(documents, desc="reading", unit=" documents"):
+        for document in tqdm(documents, desc="reading", unit=" documents", leave=False, disable=None):  # None: on a terminal only
             spool.add(document)
         splits = {kind: split_documents(sizes, config.held_out, config.held_out_bytes) for kind, sizes in spool.sizes().items()}
         if not splits:
@@ -86,7 +86,8 @@ def prepare(folder: Path, documents: Iterable[Document], config: PrepareConfig) 
         tokenizer = given or train_tokenizer(_sample(spool, [train for train, _ in splits.values()]), config.vocab_size)
         tokenizer.save(writing)
         manifest: dict[str, object] = {"made_with": config.key(), "vocab_size": tokenizer.vocab_size}
-        with tqdm(total=sum(sum(s.values()) for s in spool.sizes().values()), unit="B", unit_scale=True, desc="tokenising") as bar:
+        total = sum(sum(sizes.values()) for sizes in spool.sizes().values())
+        with tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=None) as bar:
             manifest["datasets"] = {kind: _write_dataset(writing / kind, spool, *split, tokenizer, bar) for kind, split in splits.items()}
         held_out = "".join(spool.read(d) for _, held_out in splits.values() for d in held_out).encode()
         (writing / "heldout.txt").write_bytes(held_out)

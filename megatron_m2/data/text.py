@@ -55,6 +55,9 @@ def html_to_text(html: str) -> str:
     return _tidy("".join(parser.parts))
 
 
+_LESS, _GREATER = "\1", "\2"  # literal brackets while POD's codes are taken off
+
+
 def pod_to_text(pod: str) -> str:
     """Perl's documentation out of a .pod or module: headings and paragraphs without ``=`` commands and ``B<...>`` codes."""
     lines, inside = [], False
@@ -65,10 +68,12 @@ def pod_to_text(pod: str) -> str:
             lines.append(heading)
         elif inside:
             lines.append(line)
-    text = "\n".join(lines)
+    text = "\n".join(lines).replace("E<lt>", _LESS).replace("E<gt>", _GREATER)
+    # long brackets may hold single ones: C<< a->b >>
+    text = re.sub(r"[A-Z]<<+\s+(.*?)\s+>>+", lambda m: m[1].replace("<", _LESS).replace(">", _GREATER), text, flags=re.DOTALL)
     for _ in range(3):  # codes nest
-        text = re.sub(r"[BCEFILSXZ]<+\s?((?:[^<>]|(?<=-)>|=>)*?)\s?>+", r"\1", text)
-    return _tidy(text)
+        text = re.sub(r"([A-Z])<([^<>]*)>", lambda m: "" if m[1] in "XZ" else m[2].partition("|")[0] if m[1] == "L" else m[2], text)
+    return _tidy(text.replace(_LESS, "<").replace(_GREATER, ">"))
 
 
 def man_to_text(roff: str) -> str:
