@@ -96,6 +96,7 @@ def test_made_anew(texts: Path, tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in out.iterdir()} == first
     (out / "tokenizer.json").unlink()
     assert main(args) == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == first
     assert main(arguments(out, f"folder:{texts}", held_out=0)) == 0
     dataset = Dataset(out)
     assert dataset.manifest["datasets"]["prose"]["heldout_documents"] == 0
@@ -228,7 +229,7 @@ def test_not_a_prepared_folder(tmp_path: Path) -> None:
 
 def test_spool_drops_duplicates_of_any_kind() -> None:
     spool = Spool(io.BytesIO())
-    for kind, text in (("code", "x"), ("prose", "ü"), ("prose", "x"), ("code", "x")):
+    for kind, text in (("code", "x"), ("prose", "ü"), ("code", "x"), ("prose", "x")):
         spool.add(Document(kind, text))
     sizes = spool.sizes()
     assert {kind: list(s.values()) for kind, s in sizes.items()} == {"code": [1], "prose": [2]}
