@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Shape suffixes: T tokens, H query heads, G key/value heads (H a multiple of G), D head_dim.
+# Shape suffixes: T tokens, H query heads, G key/value heads (H a multiple of G), D head_dim, P padded places.
 
 
 def visibility(subtree_end_T: Tensor) -> Tensor:
@@ -42,8 +42,28 @@ def trees_of(subtree_end_T: Tensor) -> list[tuple[int, bool]]:
     return trees
 
 
+# Chains are padded to the longest when that makes at most so many times the tokens: torch's kernel spreads a batch over the cores,
+# but runs the backward of a single sequence on as many cores as it has key/value heads.
+_MOST_PADDING = 1.5
+
+
+def _chains_side_by_side(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention of all chains as one padded batch. Padding follows a chain's own tokens, where causality hides it."""
+    chains, longest = len(lengths), max(lengths)
+    if min(lengths) == longest:
+        q, k, v = (x.unflatten(0, (chains, longest)).transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+    counts, device = torch.tensor(lengths), q_THD.device
+    shift = torch.arange(chains) * longest - (counts.cumsum(0) - counts)  # of each chain's places against its tokens
+    place_T = (torch.arange(len(q_THD)) + shift.repeat_interleave(counts)).to(device)
+    token_P = torch.zeros(chains * longest, dtype=torch.int64, device=device).index_copy(0, place_T, torch.arange(len(q_THD), device=device))
+    q, k, v = (x.index_select(0, token_P).unflatten(0, (chains, longest)).transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, place_T)
+
+
 def tree_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, subtree_end_T: Tensor) -> Tensor:
-    """Attention on a forest, tree by tree: a chain is plain causal attention, a branching tree takes a mask of its own size.
+    """Attention on a forest. Chains are plain causal attention, a branching tree takes a mask of its own size.
 
     Args:
         q_THD: [T, H, D]; k_TGD, v_TGD: [T, G, D] with H a multiple of G; one float dtype.
@@ -61,11 +81,9 @@ def tree_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, subtree_end_T: T
     if subtree_end_T.shape != (tokens,) or subtree_end_T.dtype != torch.int32:
         raise ValueError(f"subtree_end: {subtree_end_T.dtype} {list(subtree_end_T.shape)}, need torch.int32 [{tokens}]")
     trees = trees_of(subtree_end_T)
-    if len(trees) > 1 and all(t == (trees[0][0], True) for t in trees):  # equal chains run as one batch
-        q, k, v = (x.view(len(trees), trees[0][0], x.shape[1], head_dim).transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2).reshape(tokens, heads, head_dim)
     lengths = [length for length, _ in trees]
+    if all(is_chain for _, is_chain in trees) and len(trees) * max(lengths) <= _MOST_PADDING * tokens:
+        return _chains_side_by_side(q_THD, k_TGD, v_TGD, lengths)
     outputs, start = [], 0
     parts = zip(trees, *(x.transpose(0, 1).split(lengths, dim=1) for x in (q_THD, k_TGD, v_TGD)), strict=True)
     for (length, is_chain), q, k, v in parts:

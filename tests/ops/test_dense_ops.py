@@ -79,7 +79,7 @@ def test_tree_attention_on_random_forests(dtype, seed, heads):
     assert_close_to_fp64(tree_attention, tree_attention_reference, dtype, q, k, v, forest.subtree_end)
 
 
-@pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [3, 1, 9]])
+@pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [3, 1, 9], [8, 9, 7, 9]])  # one, equal, ragged, nearly equal
 def test_tree_attention_on_chains(lengths):
     forest = TokenForest.from_documents([range(n) for n in lengths])
     q, k, v = (torch.randn(len(forest), h, 8, dtype=torch.float64) for h in (4, 2, 2))
