@@ -22,9 +22,9 @@ settings.load_profile("repeatable")
 
 
 def tiny_config(**changes) -> ModelConfig:
-    shape = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-             "rotary_dim": 8, "rope_theta": 1e4, "max_position_embeddings": 512, "num_experts": 8, "top_k": 2, "intermediate_size": 24,
-             "initializer_range": 0.1}
+    shape = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 16, "rotary_dim": 8, "rope_theta": 1e4, "max_position_embeddings": 512, "num_experts": 8, "top_k": 2,
+             "intermediate_size": 24, "initializer_range": 0.1}
     return ModelConfig(**{**shape, **changes})
 
 

@@ -41,12 +41,14 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self.backend = backend
-        ids = {token: backend.token_to_id(token) for token in (BOS, EOS)}
-        missing = [token for token, i in ids.items() if i is None]
-        if missing:
-            raise ValueError(f"tokenizer: lacks M2's special token {missing[0]}")
-        self.bos_id: int = ids[BOS]
-        self.eos_id: int = ids[EOS]
+        self.bos_id = self._special(BOS)
+        self.eos_id = self._special(EOS)
+
+    def _special(self, token: str) -> int:
+        number = self.backend.token_to_id(token)
+        if number is None:
+            raise ValueError(f"tokenizer: lacks M2's special token {token}")
+        return number
 
     @property
     def vocab_size(self) -> int:

@@ -56,7 +56,8 @@ def _chains_side_by_side(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, lengths: l
     counts, device = torch.tensor(lengths), q_THD.device
     shift = torch.arange(chains) * longest - (counts.cumsum(0) - counts)  # of each chain's places against its tokens
     place_T = (torch.arange(len(q_THD)) + shift.repeat_interleave(counts)).to(device)
-    token_P = torch.zeros(chains * longest, dtype=torch.int64, device=device).index_copy(0, place_T, torch.arange(len(q_THD), device=device))
+    token_P = torch.zeros(chains * longest, dtype=torch.int64, device=device)
+    token_P[place_T] = torch.arange(len(q_THD), device=device)
     q, k, v = (x.index_select(0, token_P).unflatten(0, (chains, longest)).transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, place_T)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_m2.training.config import TrainConfig, from_dict
+from megatron_m2.training.config import GROUPS, TrainConfig, from_dict
 
 CONFIGS = Path(__file__).resolve().parents[2] / "hydra_configs"
+
+# What train.yaml starts from: every field's own default, so that a field which no file mentions can be overridden without a "+".
+ConfigStore.instance().store("field_defaults", {
+    group: {f.name: f.default for f in fields(kind) if f.default is not MISSING} for group, kind in GROUPS.items()})
 
 
 def read_config(overrides: list[str]) -> TrainConfig:

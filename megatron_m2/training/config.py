@@ -138,6 +138,9 @@ class TrainConfig:
         return asdict(self)
 
 
+GROUPS: dict[str, Any] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "stage": StageConfig, "run": RunConfig}
+
+
 def _require(legal: bool, name: str, value: object, what: str) -> None:
     if not legal:
         raise ValueError(f"{name} = {value}: must be {what}")
@@ -149,11 +152,10 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     Raises:
         ValueError: an unknown or missing key, or a value of the wrong type, naming it.
     """
-    groups: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "stage": StageConfig, "run": RunConfig}
     for name in values:
-        if name not in groups:
-            raise ValueError(f"{name}: unknown group; known are {', '.join(groups)}")
-    return TrainConfig(**{name: _typed(name, kind, values.get(name) or {}) for name, kind in groups.items()})
+        if name not in GROUPS:
+            raise ValueError(f"{name}: unknown group; known are {', '.join(GROUPS)}")
+    return TrainConfig(**{name: _typed(name, kind, values.get(name) or {}) for name, kind in GROUPS.items()})
 
 
 def _typed(group: str, kind: type, values: dict[str, Any]) -> Any:

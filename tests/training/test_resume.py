@@ -53,7 +53,8 @@ def assert_equal_to(undisturbed, folder, arguments):
 
 
 def start(arguments):
-    return subprocess.Popen([sys.executable, "-m", "megatron_m2.train", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "megatron_m2.train", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def wait_for_a_new_row(process, folder, rows):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from itertools import pairwise
 
 import matplotlib.image
 import pytest
@@ -74,12 +75,13 @@ def test_accumulation_equals_one_large_batch(data, tmp_path):
     twin = build_model(trainer.config.model, torch.float64, seed=trainer.config.run.seed)
     stream = Dataset(data).stream(trainer.config.data.blend, tokens_per_forest=256, seq_len=64, seed=0)
     forests = [next(stream) for _ in range(2)]
-    chains = [chain for f in forests for chain in f.tokens.split(torch.diff((f.depth == 0).nonzero().squeeze(1), append=torch.tensor([len(f)])
-                                                                            ).tolist())]
-    together = TokenForest.from_documents([c.numpy() for c in chains])
+    roots = [(f.depth == 0).nonzero().squeeze(1).tolist() for f in forests]
+    chains = [f.tokens[a:b].numpy() for f, starts in zip(forests, roots, strict=True) for a, b in pairwise([*starts, len(f)])]
+    together = TokenForest.from_documents(chains)
     output = twin(together)
     deep = (together.weight * (together.depth > 1)).sum()
-    loss = -(together.weight * output.logprobs).sum() / together.weight.sum() - 0.3 * (together.weight * output.mtp_logprobs[0]).sum() / deep
+    loss = -(together.weight * output.logprobs).sum() / together.weight.sum()
+    loss = loss - 0.3 * (together.weight * output.mtp_logprobs[0]).sum() / deep
     loss.backward()
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in twin.parameters()]))
     assert trainer.train_step()["optim/grad_norm"] == pytest.approx(norm, rel=1e-10)
