@@ -44,6 +44,7 @@ class Trainer:
             raise ValueError(f"model.vocab_size = {config.model.vocab_size}: {config.data.path} needs at least {self.dataset.vocab_size}")
         self.stream = self.dataset.stream(config.data.blend, tokens_per_forest=config.data.tokens_per_forest, seq_len=config.data.seq_len,
                                           seed=config.run.seed, open_documents=config.data.open_documents)
+        torch.manual_seed(config.run.seed)  # its state is part of every checkpoint
         self.model = build_model(config.model, DTYPES[config.run.dtype], self.device, seed=config.run.seed)
         self.optimizer = MasterAdamW(self.model.named_parameters(), config.optim)
         self.step = 0

@@ -73,7 +73,8 @@ def test_accumulation_equals_one_large_batch(data, tmp_path):
     """Two forests per step give the gradient of all their tokens together, however they are cut."""
     trainer = Trainer(read_config(overrides(data, tmp_path, **{"run.dtype": "float64", "model.router_aux_loss_coef": 0.0})))
     twin = build_model(trainer.config.model, torch.float64, seed=trainer.config.run.seed)
-    stream = Dataset(data).stream(trainer.config.data.blend, tokens_per_forest=256, seq_len=64, seed=0)
+    stream = Dataset(data).stream(trainer.config.data.blend, tokens_per_forest=256, seq_len=64, seed=0,
+                                  open_documents=trainer.config.data.open_documents)
     forests = [next(stream) for _ in range(2)]
     roots = [(f.depth == 0).nonzero().squeeze(1).tolist() for f in forests]
     chains = [f.tokens[a:b].numpy() for f, starts in zip(forests, roots, strict=True) for a, b in pairwise([*starts, len(f)])]
