@@ -13,7 +13,7 @@ ARGS ?=
 
 .PHONY: train test lint bench clean
 train: $(VENV)/installed
-	$(PY) tools/prepare_data.py --out $(DATA)
+	$(PY) tools/prepare_data.py --out $(DATA) --vocab-size 2048
 	$(PY) -m megatron_m2.train data.path=$(DATA) $(ARGS)
 
 test: $(VENV)/installed-test
