@@ -24,9 +24,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package of this checkout, installed or not
+
 import megatron_m2
 from megatron_m2.forest import TokenForest
 from megatron_m2.model.m2 import M2Model
+from tools.bench.common import add_card_arguments, device_name, write_card
 
 TEXTS = (
     "The quick brown fox", "import os\nimport sys\n\ndef main():\n", "In mathematics, a group is",
@@ -41,6 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--venv", type=Path, required=True, help="environment with vLLM: see above")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="greedy tokens per prompt (default: %(default)s)")
     parser.add_argument("--factor", type=float, default=2.0, help="allowed distance, times that of bf16 (default: %(default)s)")
+    add_card_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -103,6 +107,11 @@ def check(args: argparse.Namespace) -> bool:
     ratio = rows["vllm_vs_ours"]["mean"] / max(rows["ours_vs_fp32"]["mean"], 1e-12)
     ok = ratio <= args.factor
     print(f"vLLM is {ratio:.2f} times bf16's own noise away: {'within' if ok else 'BEYOND'} {args.factor:g}")
+    if args.cards:
+        write_card(args.cards, "check_vllm", device_name(torch.device("cpu")), args.commit, [
+            {"measured": "mean |difference of log-probability| of vLLM's greedy tokens, vLLM (bf16) and this package (bf16)",
+             "value": round(rows["vllm_vs_ours"]["mean"], 5), "baseline": round(rows["ours_vs_fp32"]["mean"], 5), "ratio": round(ratio, 3),
+             "unit": "nats", "baseline_is": "this package in bf16 and in fp32", "target": f"ratio <= {args.factor:g}"}])
     print(json.dumps({"check": "vllm_logprobs", "tokens": len(theirs), "ratio": ratio, "factor": args.factor, "ok": ok, **rows}))
     return ok
 

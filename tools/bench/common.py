@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
@@ -113,17 +114,29 @@ def report(figures: Sequence[Figure]) -> None:
 
 
 def write_cards(figures: Sequence[Figure], folder: Path, commit: str) -> None:
-    """One small YAML card per bench and device: what was run, where, what came out."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """One card per bench and device of what was run, where, and what came out."""
     for bench in dict.fromkeys(f.bench for f in figures):
         mine = [f for f in figures if f.bench == bench]
-        head = {"command": "python " + " ".join(sys.argv), "commit": commit, "device": mine[0].device, "torch": torch.__version__,
-                "date": datetime.date.today().isoformat()}
-        lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()] + ["figures:"]
+        records = []
         for f in mine:
-            record = {"measured": f.metric, **{k: v for k, v in f.record().items() if k in ("value", "baseline", "ratio", "unit")},
-                      "gb_per_s": round(f.bytes_moved / f.value_us / 1e3, 1), "target": f.target}
-            first, *rest = (f"{key}: {json.dumps(value)}" for key, value in record.items())
-            lines += [f"  - {first}", *(f"    {line}" for line in rest)]
-        name = f"{bench}_{mine[0].device.split(',')[0].lower().replace(' ', '_')}.yaml"
-        (folder / name).write_text("\n".join(lines) + "\n")
+            compared = {k: v for k, v in f.record().items() if k in ("value", "baseline", "ratio", "unit")}
+            records.append({"measured": f.metric, **compared, "gb_per_s": round(f.bytes_moved / f.value_us / 1e3, 1), "target": f.target})
+        write_card(folder, bench, mine[0].device, commit, records)
+
+
+def write_card(folder: Path, name: str, device: str, commit: str, figures: Sequence[dict[str, object]]) -> None:
+    """Writes ``folder/NAME_DEVICE.yaml``: the command, the commit, the device and the figures, each a flat mapping."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {"command": "python " + " ".join(sys.argv), "commit": commit, "device": device, "torch": torch.__version__,
+            "date": datetime.date.today().isoformat()}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()] + ["figures:"]
+    for figure in figures:
+        first, *rest = (f"{key}: {json.dumps(value)}" for key, value in figure.items())
+        lines += [f"  - {first}", *(f"    {line}" for line in rest)]
+    (folder / f"{name}_{device.split(',')[0].lower().replace(' ', '_')}.yaml").write_text("\n".join(lines) + "\n")
+
+
+def add_card_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every program which can write cards has."""
+    parser.add_argument("--cards", type=Path, help="folder to write one YAML card per bench to")
+    parser.add_argument("--commit", default="unknown", help="named in the cards")

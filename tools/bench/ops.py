@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package of t
 from megatron_m2.ops import _extension
 from megatron_m2.ops.router import sigmoid_router
 from megatron_m2.training.memory import keep_freed_memory
-from tools.bench.common import Figure, device_name, medians_us, report, write_cards
+from tools.bench.common import Figure, add_card_arguments, device_name, medians_us, report, write_cards
 
 # ---- router: 8192 tokens, 256 experts, top 8 ---------------------------------------------------------------------------------------
 
@@ -70,8 +70,7 @@ def bench_router(device: torch.device) -> list[Figure]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--cards", type=Path, help="folder to write one YAML card per bench to")
-    parser.add_argument("--commit", default="unknown", help="named in the cards")
+    add_card_arguments(parser)
     a = parser.parse_args()
     if not _extension.available(a.device):
         raise SystemExit(f"no kernels for {a.device}: the bench would time the reference against itself")

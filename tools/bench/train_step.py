@@ -17,6 +17,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package of this checkout, installed or not
+
+from tools.bench.common import add_card_arguments, device_name, write_card
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PEER = """
@@ -68,8 +74,6 @@ def measure(python: str, program: str, arguments: dict[str, object]) -> list[flo
 
 def matmul_flops_per_s() -> float:
     """Rate of a square bf16 torch.mm of 2048, the ceiling that the step is held against."""
-    import torch
-
     a = torch.randn(2048, 2048).bfloat16()
     times = []
     for _ in range(12):
@@ -86,6 +90,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
+    add_card_arguments(parser)
     a = parser.parse_args()
 
     from megatron_m2.forest import TokenForest
@@ -111,8 +116,16 @@ def main() -> None:
     print(f"{'':14s}{'tokens/s':>10s}{'% of torch.mm':>15s}")
     print(f"{'megatron_m2':14s}{mine:10.0f}{100 * share:15.1f}")
     print(f"{'transformers':14s}{theirs:10.0f}{100 * peer_share:15.1f}")
-    print(json.dumps({"bench": "train_step", "metric": "tokens_per_s", "value": mine, "baseline": theirs, "ratio": mine / theirs,
-                      "unit": "tokens/s", "device": "cpu", "share_of_matmul": share}))
+    device = device_name(torch.device("cpu"))
+    if a.cards:
+        what = f"forward + backward, {config.num_parameters() / 1e6:.1f}M weights, {a.batch} x {a.seq} tokens, bf16"
+        write_card(a.cards, "train_step", device, a.commit, [
+            {"measured": what, "value": round(mine), "baseline": round(theirs), "ratio": round(mine / theirs, 3), "unit": "tokens/s",
+             "baseline_is": "transformers' MiniMaxM2ForCausalLM, grouped_mm experts", "target": ">= 1.8x, and >= 0.55 of torch.mm"},
+            {"measured": "model FLOPs over the rate of torch.mm 2048^3 bf16", "value": round(share, 3), "baseline": round(peer_share, 3),
+             "ratio": round(share / peer_share, 3), "unit": "share"}])
+    print(json.dumps({"bench": "train_step", "metric": "tokens_per_s", "value": round(mine, 1), "baseline": round(theirs, 1),
+                      "ratio": round(mine / theirs, 3), "unit": "tokens/s", "device": device, "share_of_matmul": round(share, 4)}))
 
 
 if __name__ == "__main__":
