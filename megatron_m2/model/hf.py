@@ -198,6 +198,9 @@ def _write(path: str | Path, hf_config: dict[str, Any], slots: list[Slot], weigh
         for file in _COMPANIONS:
             if companions is not None and (companions / file).is_file():
                 shutil.copyfile(companions / file, folder / file)
+        if not (folder / "generation_config.json").exists():
+            # Without one, transformers takes use_mtp for a wish to speculate with MTP weights, which it cannot load for this model.
+            write_json(folder / "generation_config.json", {k: hf_config.get(k) for k in ("bos_token_id", "eos_token_id")})
         write_shards(folder, {slot.key: encoding.size(slot) for slot in slots},
                      lambda key: encoding.encode(key, weight(by_key[key])), max_shard_bytes)
 
