@@ -127,7 +127,8 @@ def write_cards(figures: Sequence[Figure], folder: Path, commit: str) -> None:
 def write_card(folder: Path, name: str, device: str, commit: str, figures: Sequence[dict[str, object]]) -> None:
     """Writes ``folder/NAME_DEVICE.yaml``: the command, the commit, the device and the figures, each a flat mapping."""
     folder.mkdir(parents=True, exist_ok=True)
-    head = {"command": "python " + " ".join(sys.argv), "commit": commit, "device": device, "torch": torch.__version__,
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv]  # where things lie here says nothing elsewhere
+    head = {"command": "python " + " ".join(words), "commit": commit, "device": device, "torch": torch.__version__,
             "date": datetime.date.today().isoformat()}
     lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()] + ["figures:"]
     for figure in figures:
