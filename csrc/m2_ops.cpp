@@ -17,6 +17,19 @@ TORCH_LIBRARY(m2_ops, m) {
   m.def("router_backward(Tensor grad_weights, Tensor logits, Tensor weights, Tensor experts) -> Tensor");
   // Aux-loss-free balance (arXiv:2408.15664): bias_E += rate * sign(mean(counts_E) - counts_E), the comparison in exact integers.
   m.def("router_bias_update(Tensor(a!) bias, Tensor counts, float rate) -> ()");
+
+  // ---- norm_rope: RMSNorm of whole rows, then partial RoPE of each head (M2's QK norm; without cos and sin plain RMSNorm) -------
+  // bf16 or fp32 x [T, W], W = heads * D; cos, sin [T, R] in x's dtype. Rounds as eager PyTorch does: cast, times weight, rotate.
+
+  // Sum of squares of each row, fp32 [T]: the half that tensor-parallel ranks add up.
+  m.def("row_sum_squares(Tensor x) -> Tensor");
+  // x rstd weight, rotated; rstd = 1 / sqrt(sum_squares / full_width + eps). Without sum_squares that of x itself is taken.
+  // -> out like x; rstd fp32 [T]
+  m.def("rms_norm_rope(Tensor x, Tensor weight, float eps, int heads, Tensor? cos, Tensor? sin, Tensor? sum_squares, int full_width) "
+        "-> (Tensor out, Tensor rstd)");
+  // -> dx, d_weight; d_sum_squares fp32 [T] when split (dx then lacks its part), else [0].
+  m.def("rms_norm_rope_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, int heads, Tensor? cos, Tensor? sin, bool split, "
+        "int full_width) -> (Tensor dx, Tensor d_weight, Tensor d_sum_squares)");
 }
 
 // Importing megatron_m2._C runs the registrations of this library; the module itself only says what it was built with.

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.ops.experts import swiglu_experts
-from megatron_m2.ops.norm import rms_norm
-from megatron_m2.ops.rope import apply_rotary
+from megatron_m2.ops.norm_rope import Rotary, norm_rope, rms_norm
 from megatron_m2.ops.router import sigmoid_router
 
 # Shape suffixes: T tokens, H hidden, E experts, K experts per token.
@@ -25,7 +24,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [T, heads, d], k and v 
 
 
 class RMSNorm(nn.Module):
-    """Learned scale of :func:`megatron_m2.ops.norm.rms_norm`."""
+    """Learned scale of :func:`megatron_m2.ops.norm_rope.rms_norm`."""
 
     def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -49,11 +48,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.q_size, config.rms_norm_eps, dtype)
         self.k_norm = RMSNorm(config.kv_size, config.rms_norm_eps, dtype)
 
-    def forward(self, x_TH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q, k, v = self.q_norm(self.q_proj(x_TH)), self.k_norm(self.k_proj(x_TH)), self.v_proj(x_TH)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
-        out = attend(apply_rotary(q, *rotary), apply_rotary(k, *rotary), v)
+    def forward(self, x_TH: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        q, k = self._norm_rope(self.q_proj(x_TH), self.q_norm, rotary), self._norm_rope(self.k_proj(x_TH), self.k_norm, rotary)
+        out = attend(q, k, self.v_proj(x_TH).unflatten(-1, (-1, self.head_dim)))
         return self.o_proj(out.flatten(1))
+
+    def _norm_rope(self, x: Tensor, norm: RMSNorm, rotary: Rotary) -> Tensor:
+        return norm_rope(x, norm.weight, norm.eps, x.shape[1] // self.head_dim, rotary)
 
 
 class RouterStats(NamedTuple):
@@ -127,7 +128,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.moe = MoE(config, dtype)
 
-    def forward(self, x_TH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, multiplicity_T: Tensor | None
+    def forward(self, x_TH: Tensor, rotary: Rotary, attend: Attend, multiplicity_T: Tensor | None
                 ) -> tuple[Tensor, RouterStats]:
         x_TH = x_TH + self.self_attn(self.input_layernorm(x_TH), rotary, attend)
         routed, stats = self.moe(self.post_attention_layernorm(x_TH), multiplicity_T)

@@ -16,7 +16,7 @@ from megatron_m2.forest import TokenForest
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.model.layers import Attend, DecoderLayer, MoE, RMSNorm, Router, RouterStats
 from megatron_m2.ops.cross_entropy import linear_logprobs
-from megatron_m2.ops.rope import rotary_angles
+from megatron_m2.ops.norm_rope import Rotary, rotary_angles
 from megatron_m2.ops.tree_attention import tree_attention
 
 # Shape suffixes: T tokens, H hidden, E experts, L layers (main ones first, then MTP).
@@ -56,7 +56,7 @@ class MTPModule(nn.Module):
         self.layer = DecoderLayer(config, dtype)
         self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
-    def forward(self, embedding_TH: Tensor, previous_TH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend,
+    def forward(self, embedding_TH: Tensor, previous_TH: Tensor, rotary: Rotary, attend: Attend,
                 multiplicity_T: Tensor | None) -> tuple[Tensor, RouterStats]:
         joined = self.eh_proj(torch.cat([self.enorm(embedding_TH), self.hnorm(previous_TH)], dim=-1))
         return self.layer(joined, rotary, attend, multiplicity_T)
@@ -169,7 +169,7 @@ class M2Model(nn.Module):
         place = targets if index_T is None else index_T[targets]
         return torch.zeros(length, dtype=logprobs.dtype, device=logprobs.device).index_copy(0, place, logprobs)
 
-    def _rotary(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary(self, position_T: Tensor) -> Rotary:
         return rotary_angles(position_T, self.config.rotary_dim, self.config.rope_theta, self.dtype)
 
     @staticmethod
