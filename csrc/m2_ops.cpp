@@ -30,6 +30,17 @@ TORCH_LIBRARY(m2_ops, m) {
   // -> dx, d_weight; d_sum_squares fp32 [T] when split (dx then lacks its part), else [0].
   m.def("rms_norm_rope_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, int heads, Tensor? cos, Tensor? sin, bool split, "
         "int full_width) -> (Tensor dx, Tensor d_weight, Tensor d_sum_squares)");
+
+  // ---- linear_cross_entropy: softmax of hidden @ weight^T at chosen targets, without the logits ever existing ---------------------
+  // hidden bf16 [T, H], H even; weight bf16 [V, H]: the vocabulary entries from vocab_start on (one rank's); targets int64 [N];
+  // sources int64 [N]: the row of hidden that predicts each (none: N = T). Logits are fp32 sums of exact products.
+
+  // -> target fp32 [N]: logit of the target, 0 when it is another rank's; lse fp32 [N]; mean fp32 [N]: sum of p * logit, with_mean only.
+  m.def("linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? sources, int vocab_start, bool with_mean) "
+        "-> (Tensor target, Tensor lse, Tensor mean)");
+  // From the gradients of those three (grad_mean [0] without mean).
+  m.def("linear_cross_entropy_backward(Tensor grad_target, Tensor grad_lse, Tensor grad_mean, Tensor hidden, Tensor weight, "
+        "Tensor targets, Tensor? sources, Tensor lse, Tensor mean, int vocab_start) -> (Tensor d_hidden, Tensor d_weight)");
 }
 
 // Importing megatron_m2._C runs the registrations of this library; the module itself only says what it was built with.

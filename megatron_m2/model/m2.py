@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_m2.forest import TokenForest
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.model.layers import Attend, DecoderLayer, MoE, RMSNorm, Router, RouterStats
-from megatron_m2.ops.cross_entropy import linear_logprobs
+from megatron_m2.ops.linear_cross_entropy import linear_logprobs
 from megatron_m2.ops.norm_rope import Rotary, rotary_angles
 from megatron_m2.ops.tree_attention import tree_attention
 
@@ -164,8 +164,8 @@ class M2Model(nn.Module):
     def _logprobs(self, hidden_TH: Tensor, forest: TokenForest, index_T: Tensor | None, length: int) -> Tensor:
         """[length]: log-probs of the forest's weighted tokens, scattered to their place in the forest that ``index_T`` refers to."""
         targets, sources = forest.predictions()
-        hidden, weight = self._head_operands(hidden_TH.index_select(0, sources))
-        logprobs = linear_logprobs(hidden, weight, forest.tokens[targets])
+        hidden, weight = self._head_operands(hidden_TH)
+        logprobs = linear_logprobs(hidden, weight, forest.tokens[targets], sources)
         place = targets if index_T is None else index_T[targets]
         return torch.zeros(length, dtype=logprobs.dtype, device=logprobs.device).index_copy(0, place, logprobs)
 

@@ -120,7 +120,9 @@ def _check(x: Tensor, weight: Tensor, heads: int, cos: Tensor | None, sin: Tenso
     if heads < 1 or width % heads:
         raise ValueError(f"heads: {heads}, need a divisor of the width {width}")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table is not None and (table.dim() != 2 or len(table) != tokens or 2 * table.shape[1] > width // heads or table.dtype != x.dtype):
+        if table is None:
+            continue
+        if table.dim() != 2 or len(table) != tokens or 2 * table.shape[1] > width // heads or table.dtype != x.dtype:
             raise ValueError(f"{name}: {table.dtype} {list(table.shape)}, need {x.dtype} [{tokens}, R] with 2 R <= {width // heads}")
 
 
@@ -136,7 +138,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, rstd, cos, sin = ctx.saved_tensors
-    dx, d_weight, d_sum_squares = torch.ops.m2_ops.rms_norm_rope_backward(grad, x, weight, rstd, ctx.heads, cos, sin, ctx.split, ctx.full_width)
+    backward = torch.ops.m2_ops.rms_norm_rope_backward
+    dx, d_weight, d_sum_squares = backward(grad, x, weight, rstd, ctx.heads, cos, sin, ctx.split, ctx.full_width)
     return dx, d_weight, None, None, None, None, d_sum_squares if ctx.split else None, None
 
 

@@ -98,10 +98,12 @@ def test_fp32_head_in_a_bf16_model():
     forest = TokenForest.from_documents([torch.randint(0, 97, (40,)).numpy()])
     plain = build_model(config, torch.bfloat16, seed=3)
     exact = build_model(replace(config, fp32_head=True), torch.bfloat16, seed=3)
-    hidden = exact(forest).hidden_states[:-1]
-    expected = F.linear(hidden.double(), exact.lm_head.weight.double()).log_softmax(-1).gather(1, forest.tokens[1:, None]).squeeze(1)
-    assert relative_error(exact(forest).logprobs[1:], expected) < 1e-6
-    assert relative_error(plain(forest).logprobs[1:], expected) > 1e-5
+    hidden = exact(forest).hidden_states.detach()
+    logits = F.linear(hidden.double(), exact.lm_head.weight.double())
+    assert relative_error(exact.head(hidden), logits) < 1e-6
+    assert relative_error(plain.head(hidden), logits) > 1e-5
+    expected = logits[:-1].log_softmax(-1).gather(1, forest.tokens[1:, None]).squeeze(1)
+    assert relative_error(exact(forest).logprobs[1:].detach(), expected) < 1e-6
     assert exact.layers[0].moe.router.weight.dtype == torch.float32
 
 

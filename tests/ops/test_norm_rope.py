@@ -14,10 +14,10 @@ from tests.conftest import relative_error
 
 needs_kernels = pytest.mark.skipif(not _extension.available(), reason="megatron_m2._C is not built (no C++ compiler)")
 
-# fp32: rounding of sums of a few hundred terms. bf16: each of cast, weight and two products and their sum rounds by 2^-9 of terms up to
-# 1.5 times the largest value; gradients are computed in fp32 and rounded once, of cos, sin and rows that are bf16 in both.
-VALUE_TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 6 * 2**-9}
-GRADIENT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 1.5 * 2**-9}
+# fp32: rounding of sums of a few hundred terms. bf16: cast, weight, product and sum each round by 2^-8; gradients are computed in fp32
+# and rounded once, of operands that are bf16 in both.
+VALUE_TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4 * 2**-8}
+GRADIENT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 1.1 * 2**-8}
 
 
 def inputs(seed: int, tokens: int, heads: int, head_dim: int, half: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -51,7 +51,7 @@ def test_equals_fp64_reference(dtype, tokens, heads, head_dim, share, seed):
         # a row of one dimension has no gradient but rounding: measure against that of its terms
         scale = float((3 * case[2].double().abs().max() * case[1].double().abs().max() / case[0].double().abs().max()).clamp_min(1.0))
         assert float((dx.double() - expected_dx).abs().max()) < GRADIENT_TOLERANCE[dtype] * max(scale, float(expected_dx.abs().max()))
-        assert relative_error(dw, expected_dw) < 2 * GRADIENT_TOLERANCE[dtype]
+        assert relative_error(dw, expected_dw) < GRADIENT_TOLERANCE[dtype]
 
 
 def test_rounds_where_eager_rounds():

@@ -21,26 +21,27 @@ ROUNDS = 31
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured time beside its baseline's, in the same run.
+    """One measured figure, the less the better, beside its baseline's in the same run.
 
     Attributes:
-        bench, metric: what was timed.
-        value_us, baseline_us: medians, in microseconds.
-        bytes_moved: least memory traffic of the work, for the rate in GB/s.
+        bench, metric: what was measured.
+        value, baseline: in ``unit``; times are medians.
+        bytes_moved: least memory traffic of the work, for the rate in GB/s; 0 where it says nothing.
         target: the figure the project wants, in words; empty when there is none.
     """
 
     bench: str
     metric: str
-    value_us: float
-    baseline_us: float
+    value: float
+    baseline: float
     bytes_moved: int
     device: str
     target: str = ""
+    unit: str = "us"
 
     def record(self) -> dict[str, object]:
-        return {"bench": self.bench, "metric": self.metric, "value": round(self.value_us, 2), "baseline": round(self.baseline_us, 2),
-                "ratio": round(self.baseline_us / self.value_us, 3), "unit": "us", "device": self.device}
+        return {"bench": self.bench, "metric": self.metric, "value": round(self.value, 2), "baseline": round(self.baseline, 2),
+                "ratio": round(self.baseline / self.value, 3), "unit": self.unit, "device": self.device}
 
 
 def device_name(device: torch.device) -> str:
@@ -79,7 +80,7 @@ def _graph_seconds(graph: torch.cuda.CUDAGraph) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def medians_us(works: Sequence[Callable[[int], None]], num_inputs: int, device: torch.device) -> list[float]:
+def medians_us(works: Sequence[Callable[[int], None]], num_inputs: int, device: torch.device, rounds: int = ROUNDS) -> list[float]:
     """Median time of one call of each work, called with the index of its input set; the works alternate, so drift hits all alike.
 
     On a GPU a CUDA graph runs each work over every input set and replays, so that launches from Python are not what is timed;
@@ -95,20 +96,22 @@ def medians_us(works: Sequence[Callable[[int], None]], num_inputs: int, device: 
         timed = [partial(_graph_seconds, _as_graph(work)) for work in once]
     else:
         timed = [partial(_cpu_seconds, work) for work in once]
-    for _ in range(3):
+    for _ in range(min(3, rounds)):
         for measure in timed:
             measure()
-    rounds = [[measure() for measure in timed] for _ in range(ROUNDS)]
-    return [1e6 * statistics.median(times) / num_inputs for times in zip(*rounds, strict=True)]
+    measured = [[measure() for measure in timed] for _ in range(rounds)]
+    return [1e6 * statistics.median(times) / num_inputs for times in zip(*measured, strict=True)]
 
 
 def report(figures: Sequence[Figure]) -> None:
     """A table for people, then one JSON object a line; the last line is the last figure's."""
-    print(f"{figures[0].device}, torch {torch.__version__}, medians of {ROUNDS}")
-    print(f"{'':40s}{'us':>10s}{'GB/s':>8s}{'baseline us':>13s}{'ratio':>8s}  target")
+    print(f"{figures[0].device}, torch {torch.__version__}")
+    width = 2 + max(len(f.bench + f.metric) for f in figures)
+    print(f"{'':{width}s}{'value':>14s}{'GB/s':>7s}{'baseline':>14s}  unit{'ratio':>8s}  target")
     for f in figures:
-        print(f"{f.bench + ' ' + f.metric:40s}{f.value_us:10.1f}{f.bytes_moved / f.value_us / 1e3:8.0f}{f.baseline_us:13.1f}"
-              f"{f.baseline_us / f.value_us:8.2f}  {f.target}")
+        rate = f"{f.bytes_moved / f.value / 1e3:7.0f}" if f.bytes_moved else f"{'':7s}"
+        name, ratio = f"{f.bench} {f.metric}", f.baseline / f.value
+        print(f"{name:{width}s}{f.value:14,.1f}{rate}{f.baseline:14,.1f}  {f.unit:4s}{ratio:8.2f}  {f.target}")
     for f in figures:
         print(json.dumps(f.record()))
 
@@ -120,7 +123,8 @@ def write_cards(figures: Sequence[Figure], folder: Path, commit: str) -> None:
         records = []
         for f in mine:
             compared = {k: v for k, v in f.record().items() if k in ("value", "baseline", "ratio", "unit")}
-            records.append({"measured": f.metric, **compared, "gb_per_s": round(f.bytes_moved / f.value_us / 1e3, 1), "target": f.target})
+            rate = {"gb_per_s": round(f.bytes_moved / f.value / 1e3, 1)} if f.bytes_moved else {}
+            records.append({"measured": f.metric, **compared, **rate, "target": f.target})
         write_card(folder, bench, mine[0].device, commit, records)
 
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package of t
 from megatron_m2.ops import _extension
 from megatron_m2.ops.router import sigmoid_router
 from megatron_m2.training.memory import keep_freed_memory
+from tools.bench import op_linear_cross_entropy, op_norm_rope
 from tools.bench.common import Figure, add_card_arguments, device_name, medians_us, report, write_cards
 
 # ---- router: 8192 tokens, 256 experts, top 8 ---------------------------------------------------------------------------------------
@@ -70,13 +71,16 @@ def bench_router(device: torch.device) -> list[Figure]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--only", nargs="*", help="names of the ops to time; default all")
     add_card_arguments(parser)
     a = parser.parse_args()
     if not _extension.available(a.device):
         raise SystemExit(f"no kernels for {a.device}: the bench would time the reference against itself")
     keep_freed_memory()  # as training does: the times are of kernels, not of page faults
     torch.manual_seed(0)
-    figures = bench_router(torch.device(a.device))
+    device = torch.device(a.device)
+    benches = {"router": bench_router, "norm_rope": op_norm_rope.bench, "linear_cross_entropy": op_linear_cross_entropy.bench}
+    figures = [figure for name, bench in benches.items() if not a.only or name in a.only for figure in bench(device)]
     report(figures)
     if a.cards:
         write_cards(figures, a.cards, a.commit)
