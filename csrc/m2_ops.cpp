@@ -41,6 +41,30 @@ TORCH_LIBRARY(m2_ops, m) {
   // From the gradients of those three (grad_mean [0] without mean).
   m.def("linear_cross_entropy_backward(Tensor grad_target, Tensor grad_lse, Tensor grad_mean, Tensor hidden, Tensor weight, "
         "Tensor targets, Tensor? sources, Tensor lse, Tensor mean, int vocab_start) -> (Tensor d_hidden, Tensor d_weight)");
+
+  // ---- permute: tokens to rows grouped by expert, and back -------------------------------------------------------------------------
+  // Rows of an expert keep the order of tokens and slots, so that sums repeat; each group is padded to a multiple of `block` rows.
+
+  // experts int32 [T, K] -> ends int32 [E] of each expert's rows, padding included; token int32 [R] of each row, -1: padding, where R
+  // is as many rows as any routing can need; row int32 [T, K] of each token's slot.
+  m.def("permute_layout(Tensor experts, int num_experts, int block) -> (Tensor ends, Tensor token, Tensor row)");
+  // bf16 or fp32 x [T, W] -> rows [R, W], those of padding 0.
+  m.def("permute(Tensor x, Tensor token, Tensor row) -> Tensor");
+  // rows [R, W] -> [T, W]: sum over the slots, each times its weight (fp32 [T, K]; none: 1), in fp32.
+  m.def("unpermute(Tensor rows, Tensor token, Tensor row, Tensor? weights) -> Tensor");
+  m.def("unpermute_backward(Tensor grad, Tensor rows, Tensor token, Tensor row, Tensor weights) -> (Tensor d_rows, Tensor d_weights)");
+
+  // ---- grouped_gemm: one product per group of rows, bf16, fp32 sums ----------------------------------------------------------------
+  // Group e has rows ends[e - 1] to ends[e] (int32 [E]); it may be empty. Rows beyond the last group give 0. Widths even.
+
+  // x [R, A] -> [R, B] by w [E, B, A] transposed, or by w [E, A, B].
+  m.def("grouped_mm(Tensor x, Tensor w, Tensor ends, bool transposed) -> Tensor");
+  // dy [R, B], x [R, A] -> [E, B, A]: dy^T x of each group.
+  m.def("grouped_wgrad(Tensor dy, Tensor x, Tensor ends) -> Tensor");
+  // x [R, H], gate_up [E, 2 F, H] (gate first) -> act [R, F] = silu(gate) * up; hidden [R, 2 F]: gate | up.
+  m.def("grouped_swiglu(Tensor x, Tensor gate_up, Tensor ends) -> (Tensor act, Tensor hidden)");
+  // dy [R, H], down [E, H, F] -> gradient of hidden [R, 2 F], through act = silu(gate) * up and y = act down^T.
+  m.def("grouped_swiglu_backward(Tensor dy, Tensor down, Tensor hidden, Tensor ends) -> Tensor");
 }
 
 // Importing megatron_m2._C runs the registrations of this library; the module itself only says what it was built with.

@@ -1,0 +1,42 @@
+// What every device's permutation agrees on: argument checks.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+
+namespace m2::permute {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline void check_rows(const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat, name, ": ", x.scalar_type(), ", need BFloat16 or Float");
+  TORCH_CHECK_VALUE(x.dim() == 2, name, ": shape ", x.sizes(), ", need two dimensions");
+}
+
+inline void check_index(const char* name, const at::Tensor& x, int64_t dim, const at::Tensor& other) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kInt, name, ": ", x.scalar_type(), ", need Int");
+  TORCH_CHECK_VALUE(x.dim() == dim, name, ": shape ", x.sizes(), ", need ", dim, dim == 1 ? " dimension" : " dimensions");
+  TORCH_CHECK_VALUE(x.device() == other.device(), name, ": on ", x.device(), ", need ", other.device());
+}
+
+inline void check_weights(const OptionalTensor& weights, const at::Tensor& row_TK) {
+  if (!weights) return;
+  TORCH_CHECK_VALUE(weights->scalar_type() == at::kFloat, "weights: ", weights->scalar_type(), ", need Float");
+  TORCH_CHECK_VALUE(weights->sizes() == row_TK.sizes(), "weights: shape ", weights->sizes(), ", need ", row_TK.sizes());
+  TORCH_CHECK_VALUE(weights->device() == row_TK.device(), "weights: on ", weights->device(), ", need ", row_TK.device());
+}
+
+inline void check_layout(const at::Tensor& experts, int64_t num_experts, int64_t block) {
+  check_index("experts", experts, 2, experts);
+  TORCH_CHECK_VALUE(num_experts >= 1, "num_experts: ", num_experts, ", need 1 or more");
+  TORCH_CHECK_VALUE(block >= 1, "block: ", block, ", need 1 or more");
+}
+
+// Rows that any routing fits into: static, so that shapes do not depend on the data.
+inline int64_t most_rows(int64_t routed, int64_t num_experts, int64_t block) {
+  return (routed + std::min(routed, num_experts) * (block - 1) + block - 1) / block * block;
+}
+
+}  // namespace m2::permute
