@@ -18,6 +18,15 @@ TORCH_LIBRARY(m2_ops, m) {
   // Aux-loss-free balance (arXiv:2408.15664): bias_E += rate * sign(mean(counts_E) - counts_E), the comparison in exact integers.
   m.def("router_bias_update(Tensor(a!) bias, Tensor counts, float rate) -> ()");
 
+  // ---- tree_attention: causal attention on a token forest --------------------------------------------------------------------------
+  // Token i sees token j when j <= i < subtree_end[j] (int32 [T]). q [Q, H, D] are the queries of tokens query_start to
+  // query_start + Q - 1; k, v [T, G, D], H a multiple of G; bf16, D a multiple of 16 up to 256; scale D^-1/2. Deterministic.
+
+  // -> out like q; lse fp32 [Q, H]: natural logarithm of each row's sum of exponentials.
+  m.def("tree_attention(Tensor q, Tensor k, Tensor v, Tensor subtree_end, int query_start) -> (Tensor out, Tensor lse)");
+  m.def("tree_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        "Tensor subtree_end, int query_start) -> (Tensor dq, Tensor dk, Tensor dv)");
+
   // ---- norm_rope: RMSNorm of whole rows, then partial RoPE of each head (M2's QK norm; without cos and sin plain RMSNorm) -------
   // bf16 or fp32 x [T, W], W = heads * D; cos, sin [T, R] in x's dtype. Rounds as eager PyTorch does: cast, times weight, rotate.
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package of t
 from megatron_m2.ops import _extension
 from megatron_m2.ops.router import sigmoid_router
 from megatron_m2.training.memory import keep_freed_memory
-from tools.bench import op_grouped_gemm, op_linear_cross_entropy, op_norm_rope, op_permute
+from tools.bench import op_grouped_gemm, op_linear_cross_entropy, op_norm_rope, op_permute, op_tree_attention
 from tools.bench.common import Figure, add_card_arguments, device_name, medians_us, report, write_cards
 
 # ---- router: 8192 tokens, 256 experts, top 8 ---------------------------------------------------------------------------------------
@@ -79,7 +79,8 @@ def main() -> None:
     keep_freed_memory()  # as training does: the times are of kernels, not of page faults
     torch.manual_seed(0)
     device = torch.device(a.device)
-    benches = {"router": bench_router, "permute": op_permute.bench, "grouped_gemm": op_grouped_gemm.bench, "norm_rope": op_norm_rope.bench,
+    benches = {"router": bench_router, "permute": op_permute.bench, "grouped_gemm": op_grouped_gemm.bench,
+               "tree_attention": op_tree_attention.bench, "norm_rope": op_norm_rope.bench,
                "linear_cross_entropy": op_linear_cross_entropy.bench}
     figures = [figure for name, bench in benches.items() if not a.only or name in a.only for figure in bench(device)]
     report(figures)
