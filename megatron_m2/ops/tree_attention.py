@@ -100,7 +100,7 @@ def _tree_by_tree(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, subtree_end_T: Te
         mask = None if is_chain else visibility(subtree_end_T[start:end] - start)
         outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_chain, enable_gqa=True)[0])
         start = end
-    return torch.cat(outputs, dim=1).transpose(0, 1) if outputs else torch.empty_like(q_THD)
+    return torch.cat(outputs, dim=1).transpose(0, 1) if outputs else q_THD.clone()
 
 
 def _kernel_takes(q: Tensor) -> bool:
