@@ -74,6 +74,22 @@ TORCH_LIBRARY(m2_ops, m) {
   m.def("grouped_swiglu(Tensor x, Tensor gate_up, Tensor ends) -> (Tensor act, Tensor hidden)");
   // dy [R, H], down [E, H, F] -> gradient of hidden [R, 2 F], through act = silu(gate) * up and y = act down^T.
   m.def("grouped_swiglu_backward(Tensor dy, Tensor down, Tensor hidden, Tensor ends) -> Tensor");
+
+  // ---- blockwise FP8: e4m3 codes and fp32 factors, one per 128 values (weights: per 128 x 128) --------------------------------------
+  // value = code * factor; factor = largest magnitude / 448, 1 for zeros; codes round to nearest even. x bf16 [R, W].
+
+  // -> codes [R, W], scales [R, ceil(W / 128)]: for the products of the forward and of the gradient by the input.
+  m.def("quantize_rows(Tensor x) -> (Tensor codes, Tensor scales)");
+  // -> codes [R, W], scales [ceil(R / 128), W]: for the gradient by the weight, which sums over rows.
+  m.def("quantize_columns(Tensor x) -> (Tensor codes, Tensor scales)");
+  // quantize_rows of permute: x [T, W] -> codes [R, W], scales [R, ceil(W / 128)].
+  m.def("permute_quantize(Tensor x, Tensor token) -> (Tensor codes, Tensor scales)");
+  // quantize_rows of silu(gate) * up, hidden [R, 2 F] = gate | up.
+  m.def("swiglu_quantize(Tensor hidden) -> (Tensor codes, Tensor scales)");
+  // grouped_mm of codes: fp32 sums over 128 terms, times both factors, added in fp32. w_scale [E, ceil / 128, ceil / 128] as w lies. -> bf16
+  m.def("grouped_mm_fp8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor ends, bool transposed) -> Tensor");
+  // grouped_wgrad of codes by columns; groups end on multiples of 128 rows. -> bf16
+  m.def("grouped_wgrad_fp8(Tensor dy, Tensor dy_scale, Tensor x, Tensor x_scale, Tensor ends) -> Tensor");
 }
 
 // Importing megatron_m2._C runs the registrations of this library; the module itself only says what it was built with.

@@ -1,65 +1,26 @@
 // Grouped bf16 products on the CPU. Every tile of the output is one task's: a task packs its block of the weight once and runs over the
 // rows of its group. Epilogues work on the fp32 tile while it is in the cache.
 // Shape suffixes: R rows grouped by expert, E experts, A and B the widths of a product's input and output, F expert width.
-#include "../common/brgemm.h"
-#include "../common/lanes.h"
+#include "tasks.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
-
-#include <algorithm>
-#include <atomic>
-#include <vector>
 
 #include "grouped_gemm.h"
 
 namespace m2::grouped_gemm {
 namespace {
 
-constexpr int64_t kRows = 64;          // of a tile; the last tile of a group has a multiple of kRowStep, so that shapes stay few
-constexpr int64_t kRowStep = 16;
-constexpr int64_t kRowsPerTask = 1024; // that share one packing
 constexpr int64_t kDepth = 256;        // rows of one product of the weight gradient, in multiples of kDepthStep
 constexpr int64_t kDepthStep = 64;
 constexpr int64_t kPackedBytes = 768 << 10;  // a packed block stays in a core's second-level cache
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Columns of a tile for a packed block of `depth` rows.
 int64_t tile_columns(int64_t depth, int64_t width) {
   int64_t columns = 256;
   while (columns > 64 && columns * depth * static_cast<int64_t>(sizeof(bf16)) > kPackedBytes) columns /= 2;
   return std::min(columns, round_up(width, 16));
-}
-
-struct Task {
-  int64_t group, column, begin, end;  // rows [begin, end) of the group, output columns from `column`
-};
-
-// (group, block of columns, range of rows) of every piece of work, long ranges first within a group.
-std::vector<Task> tasks_of(const int32_t* ends, int64_t groups, int64_t width, int64_t columns) {
-  std::vector<Task> tasks;
-  for (int64_t e = 0; e < groups; ++e) {
-    const int64_t start = e ? ends[e - 1] : 0;
-    for (int64_t row = start; row < ends[e]; row += kRowsPerTask) {
-      for (int64_t c = 0; c < width; c += columns) tasks.push_back({e, c, row, std::min<int64_t>(row + kRowsPerTask, ends[e])});
-    }
-  }
-  return tasks;
-}
-
-// Runs work(thread's own state, task index) for every index; whoever is free takes the next.
-template <typename MakeState, typename Work>
-void each_task(int64_t count, MakeState make_state, Work work) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    if (begin == end) return;
-    auto state = make_state();
-    for (int64_t i = next++; i < count; i = next++) work(state, i);
-    brgemm_done();
-  });
 }
 
 // One thread's packed block, tile of sums, and rows of a group's ragged end.
@@ -85,20 +46,12 @@ void run_rows(const Task& task, const bf16* rows_RA, int64_t depth, int64_t colu
   }
 }
 
-void store_tile(const float* tile, int64_t ld, int64_t rows, int64_t n, bf16* out, int64_t ld_out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < n; i += kLanes) store(out + r * ld_out + i, load(tile + r * ld + i, std::min(kLanes, n - i)), std::min(kLanes, n - i));
-  }
-}
-
 // Rows that belong to no group are zero.
 at::Tensor rows_like(const at::Tensor& like, int64_t rows, int64_t width, int64_t used) {
   at::Tensor out = at::empty({rows, width}, like.options());
   std::memset(static_cast<char*>(out.mutable_data_ptr()) + used * width * sizeof(bf16), 0, (rows - used) * width * sizeof(bf16));
   return out;
 }
-
-int64_t used_rows(const at::Tensor& ends) { return ends.numel() ? ends.const_data_ptr<int32_t>()[ends.numel() - 1] : 0; }
 
 // x [R, A] times w[e]^T (w [E, B, A]) or, not transposed, w[e] (w [E, A, B]).
 at::Tensor grouped_mm(const at::Tensor& x_in, const at::Tensor& w_in, const at::Tensor& ends, bool transposed) {

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from megatron_m2.model.config import ModelConfig
-from megatron_m2.model.fp8 import E4M3, dequantize_blocks, quantize_blocks, scale_shape
 from megatron_m2.model.hf_config import block_size, config_from_hf, config_to_hf
 from megatron_m2.model.m2 import M2Model, build_model
 from megatron_m2.model.shards import ShardReader, complete_folder, read_json, write_json, write_shards
+from megatron_m2.ops.fp8 import E4M3, dequantize_blocks, quantize_blocks, scale_shape
 
 __all__ = ["config_from_hf", "config_to_hf", "convert_shards", "load_hf", "save_hf"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_m2.model.config import ModelConfig
-from megatron_m2.model.fp8 import BLOCK
+from megatron_m2.ops.fp8 import BLOCK
 
 # ours -> theirs; every one of them is required on import
 _SAME = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",

@@ -51,7 +51,7 @@ def grouped_mm(x_RA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or ends that do not fit, naming the argument.
     """
-    _check(x_RA, ends_E, len(w_EBA))
+    check_groups(x_RA, ends_E, len(w_EBA))
     if w_EBA.dim() != 3 or w_EBA.shape[2] != x_RA.shape[1] or w_EBA.dtype != x_RA.dtype:
         raise ValueError(f"w: {w_EBA.dtype} {list(w_EBA.shape)} does not fit x {x_RA.dtype} {list(x_RA.shape)}")
     if _kernel_takes(x_RA, *w_EBA.shape[1:]):
@@ -73,7 +73,7 @@ def grouped_swiglu(x_RH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, ends_E:
     Raises:
         ValueError: shapes, dtypes or ends that do not fit, naming the argument.
     """
-    _check(x_RH, ends_E, len(gate_up_E2FH))
+    check_groups(x_RH, ends_E, len(gate_up_E2FH))
     check_expert_weights(x_RH, gate_up_E2FH, down_EHF)
     if _kernel_takes(x_RH, *down_EHF.shape[1:]):
         return _GroupedSwiGLU.apply(x_RH, gate_up_E2FH, down_EHF, ends_E)
@@ -89,7 +89,7 @@ def check_expert_weights(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
         raise ValueError(f"down: {down.dtype} {list(down.shape)}, need {x.dtype} {need}")
 
 
-def _check(x: Tensor, ends: Tensor, groups: int) -> None:
+def check_groups(x: Tensor, ends: Tensor, groups: int) -> None:
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x: {x.dtype} {list(x.shape)}, need floats [rows, width]")
     if ends.dtype != torch.int32 or ends.shape != (groups,):

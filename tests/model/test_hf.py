@@ -18,9 +18,9 @@ from torch import Tensor
 import megatron_m2
 from megatron_m2.model import shards
 from megatron_m2.model.config import ModelConfig
-from megatron_m2.model.fp8 import E4M3, dequantize_blocks, quantize_blocks
 from megatron_m2.model.hf import config_to_hf, convert_shards, layout, load_hf, save_hf
 from megatron_m2.model.m2 import M2Model
+from megatron_m2.ops.fp8 import E4M3, dequantize_blocks, quantize_blocks
 from tests.model.checkpoints import RELEASED, TINY, assert_same, edit_config, random_model, stored
 
 # ---- layout -----------------------------------------------------------------------------------------------------------------------

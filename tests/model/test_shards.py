@@ -15,8 +15,8 @@ from torch import Tensor
 
 import megatron_m2
 from megatron_m2.model import shards
-from megatron_m2.model.fp8 import E4M3
 from megatron_m2.model.hf import load_hf, save_hf
+from megatron_m2.ops.fp8 import E4M3
 from tests.model.checkpoints import assert_same, edit_config, random_model
 
 KEY = "model.layers.1.block_sparse_moe.experts.2.w2.weight"

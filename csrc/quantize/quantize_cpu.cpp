@@ -1,0 +1,144 @@
+// Blockwise e4m3 on the CPU: factors per row and 128 columns, or per column and 128 rows.
+// Shape suffixes: R rows, W width, P blocks of 128 columns, Q blocks of 128 rows.
+#include "../common/fp8.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <vector>
+
+namespace m2::quantize {
+namespace {
+
+constexpr int64_t kGrain = 16;
+
+void check(const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kBFloat16, "x: ", x.scalar_type(), ", need BFloat16");
+  TORCH_CHECK_VALUE(x.dim() == 2, "x: shape ", x.sizes(), ", need [rows, width]");
+}
+
+// One row, or part of it: codes and the factor of every 128 values.
+void quantize_row(const at::BFloat16* x_W, int64_t width, e4m3* codes_W, float* scales_P) {
+  for (int64_t block = 0; block < width; block += kScaleBlock) {
+    const int64_t end = std::min(block + kScaleBlock, width);
+    Lanes top(0.0f);
+    for (int64_t i = block; i < end; i += kLanes) top = at::vec::maximum(top, load(x_W + i, std::min(kLanes, end - i)).abs());
+    float each[kLanes], largest = 0;  // at::vec's maximum keeps NaN, a reduction by instructions may not
+    top.store(each);
+    for (const float value : each) largest = value > largest || value != value ? value : largest;
+    const float scale = scale_of(largest);
+    scales_P[block / kScaleBlock] = scale;
+    for (int64_t i = block; i < end; i += kLanes) {
+      const int64_t n = std::min(kLanes, end - i);
+      store(codes_W + i, load(x_W + i, n) / Lanes(scale), n);
+    }
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_rows(const at::Tensor& x_in) {
+  check(x_in);
+  const at::Tensor x = x_in.contiguous();
+  const int64_t rows = x.size(0), width = x.size(1), blocks = (width + kScaleBlock - 1) / kScaleBlock;
+  at::Tensor codes = at::empty({rows, width}, x.options().dtype(at::kFloat8_e4m3fn));
+  at::Tensor scales = at::empty({rows, blocks}, x.options().dtype(at::kFloat));
+  const at::BFloat16* x_RW = x.const_data_ptr<at::BFloat16>();
+  e4m3* codes_RW = codes.mutable_data_ptr<e4m3>();
+  float* scales_RP = scales.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) quantize_row(x_RW + r * width, width, codes_RW + r * width, scales_RP + r * blocks);
+  });
+  return {codes, scales};
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_columns(const at::Tensor& x_in) {
+  check(x_in);
+  const at::Tensor x = x_in.contiguous();
+  const int64_t rows = x.size(0), width = x.size(1), blocks = (rows + kScaleBlock - 1) / kScaleBlock;
+  at::Tensor codes = at::empty({rows, width}, x.options().dtype(at::kFloat8_e4m3fn));
+  at::Tensor scales = at::empty({blocks, width}, x.options().dtype(at::kFloat));
+  const at::BFloat16* x_RW = x.const_data_ptr<at::BFloat16>();
+  e4m3* codes_RW = codes.mutable_data_ptr<e4m3>();
+  float* scales_QW = scales.mutable_data_ptr<float>();
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kScaleBlock, last = std::min(first + kScaleBlock, rows);
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const int64_t n = std::min(kLanes, width - c);
+        Lanes top(0.0f);
+        for (int64_t r = first; r < last; ++r) top = at::vec::maximum(top, load(x_RW + r * width + c, n).abs());
+        float scale[kLanes];
+        top.store(scale);
+        for (float& value : scale) value = scale_of(value);
+        const Lanes by = Lanes::loadu(scale);
+        store(scales_QW + block * width + c, by, n);
+        for (int64_t r = first; r < last; ++r) store(codes_RW + r * width + c, load(x_RW + r * width + c, n) / by, n);
+      }
+    }
+  });
+  return {codes, scales};
+}
+
+// Each token is quantised once and copied to its rows; rows of padding are 0 with factor 1.
+std::tuple<at::Tensor, at::Tensor> permute_quantize(const at::Tensor& x, const at::Tensor& token_in) {
+  const auto [codes, scales] = quantize_rows(x);
+  TORCH_CHECK_VALUE(token_in.scalar_type() == at::kInt && token_in.dim() == 1, "token: ", token_in.scalar_type(), " ", token_in.sizes(), ", need Int [rows]");
+  const at::Tensor token = token_in.contiguous();
+  const int64_t rows = token.size(0), tokens = codes.size(0), width = codes.size(1), blocks = scales.size(1);
+  at::Tensor out = at::empty({rows, width}, codes.options()), out_scales = at::empty({rows, blocks}, scales.options());
+  const int32_t* token_R = token.const_data_ptr<int32_t>();
+  const e4m3* from = codes.const_data_ptr<e4m3>();
+  const float* from_scales = scales.const_data_ptr<float>();
+  e4m3* to = out.mutable_data_ptr<e4m3>();
+  float* to_scales = out_scales.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      TORCH_CHECK_VALUE(token_R[r] >= -1 && token_R[r] < tokens, "token[", r, "]: ", token_R[r], ", need -1 to ", tokens - 1);
+      if (token_R[r] < 0) {
+        std::memset(static_cast<void*>(to + r * width), 0, width);
+        std::fill_n(to_scales + r * blocks, blocks, 1.0f);
+      } else {
+        std::memcpy(static_cast<void*>(to + r * width), from + token_R[r] * width, width);
+        std::copy_n(from_scales + token_R[r] * blocks, blocks, to_scales + r * blocks);
+      }
+    }
+  });
+  return {out, out_scales};
+}
+
+// silu(gate) * up of hidden = gate | up, quantised as it is made.
+std::tuple<at::Tensor, at::Tensor> swiglu_quantize(const at::Tensor& hidden_in) {
+  check(hidden_in);
+  TORCH_CHECK_VALUE(hidden_in.size(1) % 2 == 0, "x: width ", hidden_in.size(1), ", need an even one");
+  const at::Tensor hidden = hidden_in.contiguous();
+  const int64_t rows = hidden.size(0), width = hidden.size(1) / 2, blocks = (width + kScaleBlock - 1) / kScaleBlock;
+  at::Tensor codes = at::empty({rows, width}, hidden.options().dtype(at::kFloat8_e4m3fn));
+  at::Tensor scales = at::empty({rows, blocks}, hidden.options().dtype(at::kFloat));
+  const at::BFloat16* hidden_R2W = hidden.const_data_ptr<at::BFloat16>();
+  e4m3* codes_RW = codes.mutable_data_ptr<e4m3>();
+  float* scales_RP = scales.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+    std::vector<at::BFloat16> act_W(width);
+    for (int64_t r = begin; r < end; ++r) {
+      const at::BFloat16* row = hidden_R2W + r * 2 * width;
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const int64_t n = std::min(kLanes, width - i);
+        const Lanes gate = load(row + i, n);
+        store(act_W.data() + i, gate / (Lanes(1.0f) + gate.neg().exp_u20()) * load(row + width + i, n), n);
+      }
+      quantize_row(act_W.data(), width, codes_RW + r * width, scales_RP + r * blocks);
+    }
+  });
+  return {codes, scales};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(m2_ops, CPU, m) {
+  m.impl("quantize_rows", &quantize_rows);
+  m.impl("quantize_columns", &quantize_columns);
+  m.impl("permute_quantize", &permute_quantize);
+  m.impl("swiglu_quantize", &swiglu_quantize);
+}
+
+}  // namespace m2::quantize

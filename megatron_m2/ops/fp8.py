@@ -1,0 +1,159 @@
+"""Blockwise FP8: e4m3 codes with fp32 factors, value = code * factor. Kernels: ``csrc/quantize/``.
+
+Weights have one factor per 128x128 block, as MiniMax-M2 was released (``weight_scale_inv``); activations and gradients one per row and
+128 columns (1x128), or per column and 128 rows (128x1) for products that sum over rows: DeepSeek-V3 (arXiv:2412.19437) section 3.3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_m2.ops import _extension
+from megatron_m2.ops.permute import Layout
+
+# Shape suffixes: O outputs, I inputs of a weight; P, Q its blocks along each, ceil(O / block) and ceil(I / block).
+# R rows, W width of an activation.
+
+BLOCK = (128, 128)
+E4M3 = torch.float8_e4m3fn
+_E4M3_MAX = torch.finfo(E4M3).max  # 448
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple[int, int]:
+    """(P, Q) of a weight of shape (O, I); a block at the edge may be partial."""
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+def _spread(scale_PQ: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
+    """[O, I]: every weight's own factor."""
+    rows = scale_PQ.repeat_interleave(block[0], 0)[: shape[0]]
+    return rows.repeat_interleave(block[1], 1)[:, : shape[1]]
+
+
+def dequantize_blocks(weight_OI: Tensor, scale_PQ: Tensor, block: tuple[int, int] = BLOCK) -> Tensor:
+    """``weight * scale`` of its block, fp32 [O, I].
+
+    Args:
+        weight_OI: e4m3 [O, I].
+        scale_PQ: fp32 [ceil(O / block[0]), ceil(I / block[1])].
+
+    Raises:
+        ValueError: the scale does not fit the weight.
+    """
+    if tuple(scale_PQ.shape) != scale_shape(tuple(weight_OI.shape), block):
+        raise ValueError(f"weight_scale_inv: {list(scale_PQ.shape)}, need {list(scale_shape(tuple(weight_OI.shape), block))} for a weight "
+                         f"{list(weight_OI.shape)} in blocks of {list(block)}")
+    return weight_OI.float().mul_(_spread(scale_PQ.float(), weight_OI.shape, block))
+
+
+def quantize_blocks(weight_OI: Tensor, block: tuple[int, int] = BLOCK) -> tuple[Tensor, Tensor]:
+    """Rounds each block to e4m3 with the factor that maps its largest magnitude to 448.
+
+    Returns:
+        e4m3 [O, I] and fp32 [P, Q], the factors to multiply by; a block of zeros has factor 1.
+    """
+    wide = weight_OI.float()
+    blocks = scale_shape(tuple(wide.shape), block)
+    padded = F.pad(wide, (0, blocks[1] * block[1] - wide.shape[1], 0, blocks[0] * block[0] - wide.shape[0]))
+    largest_PQ = padded.abs().view(blocks[0], block[0], blocks[1], block[1]).amax((1, 3))
+    scale_PQ = torch.where(largest_PQ > 0, largest_PQ / _E4M3_MAX, 1.0)
+    return (wide / _spread(scale_PQ, wide.shape, block)).to(E4M3), scale_PQ
+
+
+class Quantized(NamedTuple):
+    """Attributes:
+        codes: e4m3.
+        scales: fp32 factors, one per block.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+
+def quantize_reference(x_RW: Tensor, block: tuple[int, int]) -> Quantized:
+    """Any block shape in plain torch; rows and columns of :func:`quantize_rows` and :func:`quantize_columns` are (1, 128) and (128, 1)."""
+    return Quantized(*quantize_blocks(x_RW, block))
+
+
+def _kernel_takes(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _extension.available()
+
+
+def _check_rows(name: str, x: Tensor) -> None:
+    if x.dim() != 2 or x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"{name}: {x.dtype} {list(x.shape)}, need bfloat16 or float32 [rows, width]")
+
+
+def quantize_rows(x_RW: Tensor) -> Quantized:
+    """Codes [R, W] and factors [R, ceil(W / 128)] of each row's blocks of 128 columns.
+
+    Raises:
+        ValueError: x is not bf16 or fp32 [R, W].
+    """
+    _check_rows("x", x_RW)
+    return Quantized(*torch.ops.m2_ops.quantize_rows(x_RW)) if _kernel_takes(x_RW) else quantize_reference(x_RW, (1, 128))
+
+
+def quantize_columns(x_RW: Tensor) -> Quantized:
+    """Codes [R, W] and factors [ceil(R / 128), W] of each column's blocks of 128 rows.
+
+    Raises:
+        ValueError: x is not bf16 or fp32 [R, W].
+    """
+    _check_rows("x", x_RW)
+    return Quantized(*torch.ops.m2_ops.quantize_columns(x_RW)) if _kernel_takes(x_RW) else quantize_reference(x_RW, (128, 1))
+
+
+def permute_quantize(x_TW: Tensor, layout: Layout) -> Quantized:
+    """:func:`quantize_rows` of the permuted rows, each token quantised once; padding rows are 0 with factor 1.
+
+    Raises:
+        ValueError: x is not bf16 or fp32 [T, W] with the layout's T.
+    """
+    _check_rows("x", x_TW)
+    if len(x_TW) != len(layout.row):
+        raise ValueError(f"x: {list(x_TW.shape)}, need {len(layout.row)} tokens")
+    if _kernel_takes(x_TW):
+        return Quantized(*torch.ops.m2_ops.permute_quantize(x_TW, layout.token))
+    codes, scales = quantize_rows(x_TW)
+    token, padding = layout.token.clamp_min(0).long(), (layout.token < 0)[:, None]
+    rows = codes.view(torch.uint8)[token].masked_fill(padding, 0).view(E4M3)
+    return Quantized(rows, scales[token].masked_fill(padding, 1.0))
+
+
+def swiglu_quantize(hidden_R2F: Tensor) -> Quantized:
+    """:func:`quantize_rows` of ``silu(gate) * up``, hidden = gate | up.
+
+    Raises:
+        ValueError: hidden is not bf16 or fp32 [R, 2 F].
+    """
+    _check_rows("hidden", hidden_R2F)
+    if hidden_R2F.shape[1] % 2:
+        raise ValueError(f"hidden: width {hidden_R2F.shape[1]}, need an even one")
+    if _kernel_takes(hidden_R2F):
+        return Quantized(*torch.ops.m2_ops.swiglu_quantize(hidden_R2F))
+    gate, up = hidden_R2F.float().chunk(2, dim=-1)
+    return quantize_rows((F.silu(gate) * up).to(hidden_R2F.dtype))
+
+
+def quantize_weights(w_EBA: Tensor) -> Quantized:
+    """128x128 blocks of each of E matrices: codes [E, B, A], factors [E, ceil(B / 128), ceil(A / 128)]."""
+    parts = [quantize_blocks(w) for w in w_EBA]
+    return Quantized(torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts]))
+
+
+if _extension.available():
+
+    def _codes(x: Tensor, rows: int, width: int, scales: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return x.new_empty((rows, width), dtype=E4M3), x.new_empty(scales, dtype=torch.float32)
+
+    torch.library.register_fake("m2_ops::quantize_rows", lambda x: _codes(x, len(x), x.shape[1], (len(x), (x.shape[1] + 127) // 128)))
+    torch.library.register_fake("m2_ops::quantize_columns", lambda x: _codes(x, len(x), x.shape[1], ((len(x) + 127) // 128, x.shape[1])))
+    torch.library.register_fake("m2_ops::permute_quantize", lambda x, token: _codes(
+        x, len(token), x.shape[1], (len(token), (x.shape[1] + 127) // 128)))
+    torch.library.register_fake("m2_ops::swiglu_quantize", lambda hidden: _codes(
+        hidden, len(hidden), hidden.shape[1] // 2, (len(hidden), (hidden.shape[1] // 2 + 127) // 128)))

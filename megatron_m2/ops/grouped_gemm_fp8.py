@@ -1,0 +1,114 @@
+"""Grouped products in blockwise FP8, forward and backward. Kernels: ``csrc/grouped_gemm/`` and ``csrc/quantize/``.
+
+Forward and the gradient by the input take activations per row and 128 columns, the gradient by the weight per column and 128 rows;
+weights per 128x128 (DeepSeek-V3, arXiv:2412.19437, section 3.3). Sums over 128 terms are fp32, then multiplied by both factors and
+added in fp32. What the backward keeps of an activation are its codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_m2.ops import _extension
+from megatron_m2.ops.fp8 import Quantized, dequantize_blocks, quantize_columns, quantize_rows, quantize_weights
+from megatron_m2.ops.grouped_gemm import check_groups, group_slices
+
+# Shape suffixes: R rows grouped by expert, E experts (groups), A and B widths of a product's input and output.
+
+ROW_BLOCK = 128  # groups end on multiples of it, so that no block of 128 rows spans two
+
+
+def _values(x: Quantized, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return dequantize_blocks(x.codes, x.scales, block).to(dtype)
+
+
+def grouped_mm_fp8_reference(x: Quantized, w: Quantized, ends_E: Tensor, transposed: bool = True, dtype: torch.dtype = torch.float64
+                             ) -> Tensor:
+    """What the codes stand for, multiplied group by group in ``dtype``."""
+    rows, width = len(x.codes), w.codes.shape[1 if transposed else 2]
+    out = torch.zeros(rows, width, dtype=dtype)
+    values = _values(x, (1, 128), dtype)
+    for e, part in enumerate(group_slices(ends_E)):
+        matrix = _values(Quantized(w.codes[e], w.scales[e]), (128, 128), dtype)
+        out[part] = values[part] @ (matrix.T if transposed else matrix)
+    return out
+
+
+def grouped_wgrad_fp8_reference(dy: Quantized, x: Quantized, ends_E: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """[E, B, A]: ``dy.T @ x`` of each group, of what the codes stand for."""
+    dy_values, x_values = _values(dy, (128, 1), dtype), _values(x, (128, 1), dtype)
+    return torch.stack([dy_values[part].T @ x_values[part] for part in group_slices(ends_E)])
+
+
+def _kernel_runs(x: Tensor) -> bool:
+    return x.device.type == "cpu" and _extension.available()
+
+
+def grouped_mm_codes(x: Quantized, w: Quantized, ends_E: Tensor, transposed: bool = True) -> Tensor:
+    """Rows of group e times ``w[e].T`` (or ``w[e]``), both quantised: bf16 [R, B]; rows beyond the last group give 0.
+
+    Args:
+        x: codes [R, A], factors [R, ceil(A / 128)], A even.
+        w: codes [E, B, A] (or [E, A, B]), factors per 128x128 as they lie.
+        ends_E: int32 [E], one past each group's last row.
+    """
+    if _kernel_runs(x.codes):
+        out: Tensor = torch.ops.m2_ops.grouped_mm_fp8(*x, *w, ends_E, transposed)
+        return out
+    return grouped_mm_fp8_reference(x, w, ends_E, transposed, torch.float32).bfloat16()
+
+
+def grouped_wgrad_codes(dy: Quantized, x: Quantized, ends_E: Tensor) -> Tensor:
+    """bf16 [E, B, A]: ``dy.T @ x`` of each group; dy [R, B] and x [R, A] quantised by columns, ends multiples of 128."""
+    if _kernel_runs(x.codes):
+        out: Tensor = torch.ops.m2_ops.grouped_wgrad_fp8(*dy, *x, ends_E)
+        return out
+    return grouped_wgrad_fp8_reference(dy, x, ends_E, torch.float32).bfloat16()
+
+
+class _GroupedMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+        codes, weights = quantize_rows(x), quantize_weights(w)
+        ctx.save_for_backward(*codes, *weights, ends)
+        return grouped_mm_codes(codes, weights, ends)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_codes, x_scales, w_codes, w_scales, ends = ctx.saved_tensors
+        dx = grouped_mm_codes(quantize_rows(dy), Quantized(w_codes, w_scales), ends, transposed=False)
+        x = dequantize_blocks(x_codes, x_scales, (1, 128)).to(dy.dtype)
+        return dx, grouped_wgrad_codes(quantize_columns(dy), quantize_columns(x), ends), None
+
+
+def grouped_mm_fp8(x_RA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
+    """:func:`megatron_m2.ops.grouped_gemm.grouped_mm` in FP8: operands are quantised on the way in; differentiable.
+
+    Args:
+        x_RA: bf16 [R, A]; w_EBA: bf16 [E, B, A]; A and B even.
+        ends_E: int32 [E], multiples of 128 (``permute_layout`` with ``block=128``).
+
+    Returns:
+        bf16 [R, B].
+
+    Raises:
+        ValueError: shapes, dtypes or ends that do not fit, naming the argument.
+    """
+    check_groups(x_RA, ends_E, len(w_EBA))
+    if x_RA.dtype != torch.bfloat16 or x_RA.shape[1] % 2:
+        raise ValueError(f"x: {x_RA.dtype} {list(x_RA.shape)}, need bfloat16 of an even width")
+    if w_EBA.dim() != 3 or w_EBA.shape[2] != x_RA.shape[1] or w_EBA.shape[1] % 2 or w_EBA.dtype != x_RA.dtype:
+        raise ValueError(f"w: {w_EBA.dtype} {list(w_EBA.shape)} does not fit x {x_RA.dtype} {list(x_RA.shape)}, or has an odd width")
+    if ends_E.device.type == "cpu" and bool((ends_E % ROW_BLOCK).any()):
+        raise ValueError(f"ends: {ends_E.tolist()}, need multiples of {ROW_BLOCK}")
+    return _GroupedMM.apply(x_RA, w_EBA, ends_E)
+
+
+if _extension.available():
+    torch.library.register_fake("m2_ops::grouped_mm_fp8", lambda x, x_scale, w, w_scale, ends, transposed: x.new_empty(
+        (len(x), w.shape[1 if transposed else 2]), dtype=torch.bfloat16))
+    torch.library.register_fake("m2_ops::grouped_wgrad_fp8", lambda dy, dy_scale, x, x_scale, ends: x.new_empty(
+        (len(ends), dy.shape[1], x.shape[1]), dtype=torch.bfloat16))
