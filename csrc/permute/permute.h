@@ -28,6 +28,17 @@ inline void check_weights(const OptionalTensor& weights, const at::Tensor& row_T
   TORCH_CHECK_VALUE(weights->device() == row_TK.device(), "weights: on ", weights->device(), ", need ", row_TK.device());
 }
 
+inline void check_backward(const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& token, const at::Tensor& row, const at::Tensor& weights) {
+  check_rows("rows", rows);
+  check_index("token", token, 1, rows);
+  check_index("row", row, 2, rows);
+  check_weights(weights, row);
+  TORCH_CHECK_VALUE(token.size(0) == rows.size(0), "token: shape ", token.sizes(), ", need [", rows.size(0), "]");
+  TORCH_CHECK_VALUE(grad.scalar_type() == rows.scalar_type() && grad.dim() == 2 && grad.size(0) == row.size(0) &&
+                        grad.size(1) == rows.size(1),
+                    "grad: ", grad.scalar_type(), " ", grad.sizes(), " does not fit rows ", rows.scalar_type(), " ", rows.sizes());
+}
+
 inline void check_layout(const at::Tensor& experts, int64_t num_experts, int64_t block) {
   check_index("experts", experts, 2, experts);
   TORCH_CHECK_VALUE(num_experts >= 1, "num_experts: ", num_experts, ", need 1 or more");

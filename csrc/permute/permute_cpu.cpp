@@ -171,14 +171,7 @@ at::Tensor unpermute(const at::Tensor& rows_in, const at::Tensor& token_in, cons
 
 std::tuple<at::Tensor, at::Tensor> unpermute_backward(const at::Tensor& grad_in, const at::Tensor& rows_in, const at::Tensor& token_in,
                                                       const at::Tensor& row_in, const at::Tensor& weights_in) {
-  check_rows("rows", rows_in);
-  check_index("token", token_in, 1, rows_in);
-  check_index("row", row_in, 2, rows_in);
-  check_weights(weights_in, row_in);
-  TORCH_CHECK_VALUE(token_in.size(0) == rows_in.size(0), "token: shape ", token_in.sizes(), ", need [", rows_in.size(0), "]");
-  TORCH_CHECK_VALUE(grad_in.scalar_type() == rows_in.scalar_type() && grad_in.dim() == 2 && grad_in.size(0) == row_in.size(0) &&
-                        grad_in.size(1) == rows_in.size(1),
-                    "grad: ", grad_in.scalar_type(), " ", grad_in.sizes(), " does not fit rows ", rows_in.scalar_type(), " ", rows_in.sizes());
+  check_backward(grad_in, rows_in, token_in, row_in, weights_in);
   const at::Tensor grad = grad_in.contiguous(), rows = rows_in.contiguous(), token = token_in.contiguous(), row = row_in.contiguous();
   const at::Tensor weights = weights_in.contiguous();
   at::Tensor d_rows = at::empty_like(rows), d_weights = at::empty_like(weights);

@@ -54,7 +54,7 @@ def unpermute_reference(rows_RW: Tensor, layout: Layout, weights_TK: Tensor | No
 
 
 def _kernel_takes(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu" and _extension.available()
+    return x.dtype in (torch.bfloat16, torch.float32) and _extension.available(x.device.type)
 
 
 def permute_layout(experts_TK: Tensor, num_experts: int, block: int = 1) -> Layout:
@@ -71,7 +71,7 @@ def permute_layout(experts_TK: Tensor, num_experts: int, block: int = 1) -> Layo
         raise ValueError(f"experts: {experts_TK.dtype} {list(experts_TK.shape)}, need torch.int32 [tokens, top_k]")
     if num_experts < 1 or block < 1:
         raise ValueError(f"num_experts: {num_experts}, block: {block}; need 1 or more of each")
-    if experts_TK.device.type == "cpu" and _extension.available():
+    if _extension.available(experts_TK.device.type):
         return Layout(*torch.ops.m2_ops.permute_layout(experts_TK, num_experts, block))
     return permute_layout_reference(experts_TK, num_experts, block)
 
