@@ -57,15 +57,17 @@ def tree_attention(q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, subtree_end_T: T
     Args:
         q_QHD: [Q, H, D], the queries of tokens ``query_start + [0, Q)``: all tokens, or a block against a longer prefix (decoding,
             chunked prefill). Keys after the last query are not read.
-        k_TGD, v_TGD: [T, G, D] with H a multiple of G; one float dtype. bf16 with D a multiple of 16 up to 256 runs the kernel, whose
-            tiles of unseen pairs cost nothing and whose backward is deterministic; else torch's attention runs, tree by tree.
+        k_TGD, v_TGD: [T, G, D] with H a multiple of G; one float dtype. bf16 with D a multiple of 16 up to 256 (64 or 128 on a GPU)
+            runs the kernel, whose tiles of unseen pairs cost nothing and whose backward is deterministic; else torch's attention
+            runs, tree by tree.
         subtree_end_T: int32 [T] (:class:`megatron_m2.forest.TokenForest`).
 
     Returns:
         [Q, H, D] in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a ``subtree_end`` that is no forest, naming the argument.
+        ValueError: shapes, dtypes or devices that do not fit, or a ``subtree_end`` that is no forest (not looked at by the GPU's
+            kernel, which would have to wait for it), naming the argument.
     """
     _check(q_QHD, k_TGD, v_TGD, subtree_end_T, query_start)
     if _kernel_takes(q_QHD):
@@ -104,8 +106,8 @@ def _tree_by_tree(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, subtree_end_T: Te
 
 
 def _kernel_takes(q: Tensor) -> bool:
-    return (q.dtype == torch.bfloat16 and q.device.type == "cpu" and _extension.available()
-            and 16 <= q.shape[2] <= 256 and q.shape[2] % 16 == 0)
+    dims = range(16, 257, 16) if q.device.type == "cpu" else (64, 128)
+    return q.dtype == torch.bfloat16 and _extension.available(q.device.type) and q.shape[2] in dims
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, query_start: int) -> None:
