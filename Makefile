@@ -22,6 +22,7 @@ test: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 
 bench: $(VENV)/installed-test
 	$(PY) tools/bench/train_step.py

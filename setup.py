@@ -56,7 +56,7 @@ def extension() -> CppExtension:
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes)
     # -fopenmp: at::parallel_for is a header template and runs serially without it.
     # -Wno-...: pragmas of other compilers in torch's headers; GCC 12 suspects its own AVX-512 headers (GCC bug 105593).
-    cxx = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+    cxx = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     if platform.machine() in ("x86_64", "AMD64"):
         cxx.append(f"-march={os.environ.get('M2_MARCH', 'native')}")
     nvcc = ["-O3", "-std=c++20", "-lineinfo"]

@@ -24,8 +24,9 @@ TORCH_LIBRARY(m2_ops, m) {
 
   // -> out like q; lse fp32 [Q, H]: natural logarithm of each row's sum of exponentials.
   m.def("tree_attention(Tensor q, Tensor k, Tensor v, Tensor subtree_end, int query_start) -> (Tensor out, Tensor lse)");
-  m.def("tree_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        "Tensor subtree_end, int query_start) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
+      "tree_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor subtree_end, int query_start) -> (Tensor dq, Tensor dk, Tensor dv)");
 
   // ---- norm_rope: RMSNorm of whole rows, then partial RoPE of each head (M2's QK norm; without cos and sin plain RMSNorm) -------
   // bf16 or fp32 x [T, W], W = heads * D; cos, sin [T, R] in x's dtype. Rounds as eager PyTorch does: cast, times weight, rotate.
@@ -34,22 +35,26 @@ TORCH_LIBRARY(m2_ops, m) {
   m.def("row_sum_squares(Tensor x) -> Tensor");
   // x rstd weight, rotated; rstd = 1 / sqrt(sum_squares / full_width + eps). Without sum_squares that of x itself is taken.
   // -> out like x; rstd fp32 [T]
-  m.def("rms_norm_rope(Tensor x, Tensor weight, float eps, int heads, Tensor? cos, Tensor? sin, Tensor? sum_squares, int full_width) "
-        "-> (Tensor out, Tensor rstd)");
+  m.def(
+      "rms_norm_rope(Tensor x, Tensor weight, float eps, int heads, Tensor? cos, Tensor? sin, Tensor? sum_squares, int full_width) "
+      "-> (Tensor out, Tensor rstd)");
   // -> dx, d_weight; d_sum_squares fp32 [T] when split (dx then lacks its part), else [0].
-  m.def("rms_norm_rope_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, int heads, Tensor? cos, Tensor? sin, bool split, "
-        "int full_width) -> (Tensor dx, Tensor d_weight, Tensor d_sum_squares)");
+  m.def(
+      "rms_norm_rope_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, int heads, Tensor? cos, Tensor? sin, bool split, "
+      "int full_width) -> (Tensor dx, Tensor d_weight, Tensor d_sum_squares)");
 
   // ---- linear_cross_entropy: softmax of hidden @ weight^T at chosen targets, without the logits ever existing ---------------------
   // hidden bf16 [T, H], H even; weight bf16 [V, H]: the vocabulary entries from vocab_start on (one rank's); targets int64 [N];
   // sources int64 [N]: the row of hidden that predicts each (none: N = T). Logits are fp32 sums of exact products.
 
   // -> target fp32 [N]: logit of the target, 0 when it is another rank's; lse fp32 [N]; mean fp32 [N]: sum of p * logit, with_mean only.
-  m.def("linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? sources, int vocab_start, bool with_mean) "
-        "-> (Tensor target, Tensor lse, Tensor mean)");
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? sources, int vocab_start, bool with_mean) "
+      "-> (Tensor target, Tensor lse, Tensor mean)");
   // From the gradients of those three (grad_mean [0] without mean).
-  m.def("linear_cross_entropy_backward(Tensor grad_target, Tensor grad_lse, Tensor grad_mean, Tensor hidden, Tensor weight, "
-        "Tensor targets, Tensor? sources, Tensor lse, Tensor mean, int vocab_start) -> (Tensor d_hidden, Tensor d_weight)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_target, Tensor grad_lse, Tensor grad_mean, Tensor hidden, Tensor weight, "
+      "Tensor targets, Tensor? sources, Tensor lse, Tensor mean, int vocab_start) -> (Tensor d_hidden, Tensor d_weight)");
 
   // ---- permute: tokens to rows grouped by expert, and back -------------------------------------------------------------------------
   // Rows of an expert keep the order of tokens and slots, so that sums repeat; each group is padded to a multiple of `block` rows.
@@ -86,7 +91,8 @@ TORCH_LIBRARY(m2_ops, m) {
   m.def("permute_quantize(Tensor x, Tensor token) -> (Tensor codes, Tensor scales)");
   // quantize_rows of silu(gate) * up, hidden [R, 2 F] = gate | up.
   m.def("swiglu_quantize(Tensor hidden) -> (Tensor codes, Tensor scales)");
-  // grouped_mm of codes: fp32 sums over 128 terms, times both factors, added in fp32. w_scale [E, ceil / 128, ceil / 128] as w lies. -> bf16
+  // grouped_mm of codes: fp32 sums over 128 terms, times both factors, added in fp32. w_scale [E, ceil / 128, ceil / 128] as w lies. ->
+  // bf16
   m.def("grouped_mm_fp8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor ends, bool transposed) -> Tensor");
   // grouped_wgrad of codes by columns; groups end on multiples of 128 rows. -> bf16
   m.def("grouped_wgrad_fp8(Tensor dy, Tensor dy_scale, Tensor x, Tensor x_scale, Tensor ends) -> Tensor");

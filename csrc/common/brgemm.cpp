@@ -1,5 +1,7 @@
 #include "brgemm.h"
 
+#include "lanes.h"
+
 #if defined(CPU_CAPABILITY_AVX512)
 #include <immintrin.h>
 #endif
@@ -32,13 +34,11 @@ void transpose_16x16(const void* src, int64_t ld_bytes, void* dst, int64_t ld_ds
     t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
     t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
   }
-  const __mmask16 kept = rows >= 16 ? 0xffff : (1u << rows) - 1;
+  const __mmask16 kept = first_lanes(rows);
   for (int j = 0; j < 16; ++j) {
     if (columns >> j & 1) _mm512_mask_storeu_epi32(static_cast<char*>(dst) + j * ld_dst_bytes, kept, t[j]);
   }
 }
-
-inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
 
 // Two rows of up to 16 bf16 each, interleaved.
 inline __m512i interleave(const bf16* a, const bf16* b, __mmask16 columns) {
@@ -48,7 +48,8 @@ inline __m512i interleave(const bf16* a, const bf16* b, __mmask16 columns) {
 }
 #endif
 
-void plain_brgemm(int64_t M, int64_t N, int64_t K, const bf16* A, int64_t lda, const bf16* B, int64_t ldb, float* C, int64_t ldc, bool add) {
+void plain_brgemm(int64_t M, int64_t N, int64_t K, const bf16* A, int64_t lda, const bf16* B, int64_t ldb, float* C, int64_t ldc,
+                  bool add) {
   for (int64_t m = 0; m < M; ++m) {
     float* row = C + m * ldc;
     if (!add) std::memset(row, 0, N * sizeof(float));
@@ -67,7 +68,7 @@ void pack_kn(const bf16* src, int64_t ld, int64_t K, int64_t N, bf16* packed, in
     const bf16 *a = src + k * ld, *b = k + 1 < K ? a + ld : nullptr;
 #if defined(CPU_CAPABILITY_AVX512)
     for (int64_t n = 0; n < N; n += 16) {
-      _mm512_mask_storeu_epi32(packed + 2 * n, first(N - n), interleave(a + n, b ? b + n : nullptr, first(N - n)));
+      _mm512_mask_storeu_epi32(packed + 2 * n, first_lanes(N - n), interleave(a + n, b ? b + n : nullptr, first_lanes(N - n)));
     }
 #else
     for (int64_t n = 0; n < N; ++n) {
@@ -85,7 +86,7 @@ void pack_nk(const bf16* src, int64_t ld, int64_t K, int64_t N, bf16* packed, in
   for (int64_t n = 0; n < N; n += 16) {
     for (int64_t k = 0; k < whole; k += 32) {
       transpose_16x16(src + n * ld + k, ld * sizeof(bf16), packed + k * ldb + 2 * n, 2 * ldb * sizeof(bf16),
-                      static_cast<int>(std::min<int64_t>(16, N - n)), first((whole - k) / 2));
+                      static_cast<int>(std::min<int64_t>(16, N - n)), first_lanes((whole - k) / 2));
     }
   }
 #endif
@@ -140,7 +141,8 @@ bool has_fast_brgemm() {
 #endif
 }
 
-void brgemm(int64_t M, int64_t N, int64_t K, const bf16* A, int64_t lda, const bf16* packed_B, int64_t ldb, float* C, int64_t ldc, bool add) {
+void brgemm(int64_t M, int64_t N, int64_t K, const bf16* A, int64_t lda, const bf16* packed_B, int64_t ldb, float* C, int64_t ldc,
+            bool add) {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(CPU_CAPABILITY_AVX512)
   if (has_fast_brgemm()) {
     at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, packed_B, C, /*is_vnni=*/true);

@@ -35,7 +35,8 @@ void transpose(const bf16* src, int64_t ld_src, int64_t R, int64_t C, bf16* dst,
 bool has_fast_brgemm();
 
 // K even. A thread that called it calls brgemm_done() before it leaves its parallel region.
-void brgemm(int64_t M, int64_t N, int64_t K, const bf16* A, int64_t lda, const bf16* packed_B, int64_t ldb, float* C, int64_t ldc, bool add);
+void brgemm(int64_t M, int64_t N, int64_t K, const bf16* A, int64_t lda, const bf16* packed_B, int64_t ldb, float* C, int64_t ldc,
+            bool add);
 void brgemm_done();
 
 }  // namespace m2

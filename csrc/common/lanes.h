@@ -21,7 +21,8 @@ inline void store(float* to, Lanes x, int64_t n = kLanes) { x.store(to, static_c
 inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
 
 inline Lanes load(const at::BFloat16* from, int64_t n = kLanes) {
-  const __m256i half = n == kLanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_maskz_loadu_epi16(first_lanes(n), from);
+  const __m256i half =
+      n == kLanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_maskz_loadu_epi16(first_lanes(n), from);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
@@ -79,8 +80,12 @@ float joined(Lanes x, Join join) {
   return each[0];
 }
 
-inline float sum(Lanes x) { return joined(x, [](float a, float b) { return a + b; }); }
-inline float max(Lanes x) { return joined(x, [](float a, float b) { return std::max(a, b); }); }
+inline float sum(Lanes x) {
+  return joined(x, [](float a, float b) { return a + b; });
+}
+inline float max(Lanes x) {
+  return joined(x, [](float a, float b) { return std::max(a, b); });
+}
 #endif
 
 }  // namespace m2

@@ -37,6 +37,8 @@ __device__ float block_sum(float x) {
 
 // What a store and a load would leave of x.
 template <typename Stored>
-__device__ float rounded(float x) { return static_cast<float>(static_cast<Stored>(x)); }
+__device__ float rounded(float x) {
+  return static_cast<float>(static_cast<Stored>(x));
+}
 
 }  // namespace m2

@@ -12,7 +12,7 @@
 namespace m2::grouped_gemm {
 namespace {
 
-constexpr int64_t kDepth = 256;        // rows of one product of the weight gradient, in multiples of kDepthStep
+constexpr int64_t kDepth = 256;  // rows of one product of the weight gradient, in multiples of kDepthStep
 constexpr int64_t kDepthStep = 64;
 constexpr int64_t kPackedBytes = 768 << 10;  // a packed block stays in a core's second-level cache
 
@@ -69,16 +69,18 @@ at::Tensor grouped_mm(const at::Tensor& x_in, const at::Tensor& w_in, const at::
   const std::vector<Task> tasks = tasks_of(ends.const_data_ptr<int32_t>(), groups, width, columns);
   const bf16 *x_RA = x.const_data_ptr<bf16>(), *weights = w.const_data_ptr<bf16>();
   bf16* out_RB = out.mutable_data_ptr<bf16>();
-  each_task(tasks.size(), [&] { return Scratch(depth, columns); }, [&](Scratch& scratch, int64_t i) {
-    const Task& task = tasks[i];
-    const int64_t n = std::min(columns, width - task.column);
-    const bf16* w_group = weights + task.group * depth * width;
-    if (transposed) pack_nk(w_group + task.column * depth, depth, depth, n, scratch.packed.data(), columns);
-    else pack_kn(w_group + task.column, width, depth, n, scratch.packed.data(), columns);
-    run_rows(task, x_RA, depth, columns, scratch, [&](int64_t row, int64_t count, const float* tile) {
-      store_tile(tile, columns, count, n, out_RB + row * width + task.column, width);
-    });
-  });
+  each_task(
+      tasks.size(), [&] { return Scratch(depth, columns); },
+      [&](Scratch& scratch, int64_t i) {
+        const Task& task = tasks[i];
+        const int64_t n = std::min(columns, width - task.column);
+        const bf16* w_group = weights + task.group * depth * width;
+        if (transposed) pack_nk(w_group + task.column * depth, depth, depth, n, scratch.packed.data(), columns);
+        else pack_kn(w_group + task.column, width, depth, n, scratch.packed.data(), columns);
+        run_rows(task, x_RA, depth, columns, scratch, [&](int64_t row, int64_t count, const float* tile) {
+          store_tile(tile, columns, count, n, out_RB + row * width + task.column, width);
+        });
+      });
   return out;
 }
 
@@ -99,30 +101,34 @@ std::tuple<at::Tensor, at::Tensor> grouped_swiglu(const at::Tensor& x_in, const 
   const std::vector<Task> tasks = tasks_of(ends.const_data_ptr<int32_t>(), groups, width, half);
   const bf16 *x_RA = x.const_data_ptr<bf16>(), *weights = gate_up.const_data_ptr<bf16>();
   bf16 *hidden_R2F = hidden.mutable_data_ptr<bf16>(), *act_RF = act.mutable_data_ptr<bf16>();
-  each_task(tasks.size(), [&] { return Scratch(depth, columns); }, [&](Scratch& scratch, int64_t i) {
-    const Task& task = tasks[i];
-    const int64_t n = std::min(half, width - task.column);
-    const bf16* gate_rows = weights + (task.group * 2 * width + task.column) * depth;
-    pack_nk(gate_rows, depth, depth, n, scratch.packed.data(), columns);
-    pack_nk(gate_rows + width * depth, depth, depth, n, scratch.packed.data() + 2 * half, columns);
-    run_rows(task, x_RA, depth, columns, scratch, [&](int64_t row, int64_t count, const float* tile) {
-      for (int64_t r = 0; r < count; ++r) {
-        bf16* gate_out = hidden_R2F + (row + r) * 2 * width + task.column;
-        for (int64_t j = 0; j < n; j += kLanes) {
-          const int64_t lanes = std::min(kLanes, n - j);
-          const Lanes gate = rounded<bf16>(load(tile + r * columns + j, lanes)), up = rounded<bf16>(load(tile + r * columns + half + j, lanes));
-          store(gate_out + j, gate, lanes);
-          store(gate_out + width + j, up, lanes);
-          store(act_RF + (row + r) * width + task.column + j, gate * sigmoid(gate) * up, lanes);
-        }
-      }
-    });
-  });
+  each_task(
+      tasks.size(), [&] { return Scratch(depth, columns); },
+      [&](Scratch& scratch, int64_t i) {
+        const Task& task = tasks[i];
+        const int64_t n = std::min(half, width - task.column);
+        const bf16* gate_rows = weights + (task.group * 2 * width + task.column) * depth;
+        pack_nk(gate_rows, depth, depth, n, scratch.packed.data(), columns);
+        pack_nk(gate_rows + width * depth, depth, depth, n, scratch.packed.data() + 2 * half, columns);
+        run_rows(task, x_RA, depth, columns, scratch, [&](int64_t row, int64_t count, const float* tile) {
+          for (int64_t r = 0; r < count; ++r) {
+            bf16* gate_out = hidden_R2F + (row + r) * 2 * width + task.column;
+            for (int64_t j = 0; j < n; j += kLanes) {
+              const int64_t lanes = std::min(kLanes, n - j);
+              const Lanes gate = rounded<bf16>(load(tile + r * columns + j, lanes)),
+                          up = rounded<bf16>(load(tile + r * columns + half + j, lanes));
+              store(gate_out + j, gate, lanes);
+              store(gate_out + width + j, up, lanes);
+              store(act_RF + (row + r) * width + task.column + j, gate * sigmoid(gate) * up, lanes);
+            }
+          }
+        });
+      });
   return {act, hidden};
 }
 
 // d_act = dy down[e], and from it, in the same tile, the gradient of gate | up.
-at::Tensor grouped_swiglu_backward(const at::Tensor& dy_in, const at::Tensor& down_in, const at::Tensor& hidden_in, const at::Tensor& ends) {
+at::Tensor grouped_swiglu_backward(const at::Tensor& dy_in, const at::Tensor& down_in, const at::Tensor& hidden_in,
+                                   const at::Tensor& ends) {
   check_dim("dy", dy_in, 2);
   check_dim("down", down_in, 3);
   const int64_t groups = down_in.size(0), rows = dy_in.size(0), depth = dy_in.size(1), width = down_in.size(2);
@@ -137,23 +143,26 @@ at::Tensor grouped_swiglu_backward(const at::Tensor& dy_in, const at::Tensor& do
   const std::vector<Task> tasks = tasks_of(ends.const_data_ptr<int32_t>(), groups, width, columns);
   const bf16 *dy_RA = dy.const_data_ptr<bf16>(), *weights = down.const_data_ptr<bf16>(), *hidden_R2F = hidden.const_data_ptr<bf16>();
   bf16* out_R2F = d_hidden.mutable_data_ptr<bf16>();
-  each_task(tasks.size(), [&] { return Scratch(depth, columns); }, [&](Scratch& scratch, int64_t i) {
-    const Task& task = tasks[i];
-    const int64_t n = std::min(columns, width - task.column);
-    pack_kn(weights + task.group * depth * width + task.column, width, depth, n, scratch.packed.data(), columns);
-    run_rows(task, dy_RA, depth, columns, scratch, [&](int64_t row, int64_t count, const float* tile) {
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t at = (row + r) * 2 * width + task.column;
-        for (int64_t j = 0; j < n; j += kLanes) {
-          const int64_t lanes = std::min(kLanes, n - j);
-          const Lanes d_act = load(tile + r * columns + j, lanes), gate = load(hidden_R2F + at + j, lanes), up = load(hidden_R2F + at + width + j, lanes);
-          const Lanes s = sigmoid(gate), silu = gate * s;
-          store(out_R2F + at + j, d_act * up * at::vec::fmadd(silu, Lanes(1.0f) - s, s), lanes);
-          store(out_R2F + at + width + j, d_act * silu, lanes);
-        }
-      }
-    });
-  });
+  each_task(
+      tasks.size(), [&] { return Scratch(depth, columns); },
+      [&](Scratch& scratch, int64_t i) {
+        const Task& task = tasks[i];
+        const int64_t n = std::min(columns, width - task.column);
+        pack_kn(weights + task.group * depth * width + task.column, width, depth, n, scratch.packed.data(), columns);
+        run_rows(task, dy_RA, depth, columns, scratch, [&](int64_t row, int64_t count, const float* tile) {
+          for (int64_t r = 0; r < count; ++r) {
+            const int64_t at = (row + r) * 2 * width + task.column;
+            for (int64_t j = 0; j < n; j += kLanes) {
+              const int64_t lanes = std::min(kLanes, n - j);
+              const Lanes d_act = load(tile + r * columns + j, lanes), gate = load(hidden_R2F + at + j, lanes),
+                          up = load(hidden_R2F + at + width + j, lanes);
+              const Lanes s = sigmoid(gate), silu = gate * s;
+              store(out_R2F + at + j, d_act * up * at::vec::fmadd(silu, Lanes(1.0f) - s, s), lanes);
+              store(out_R2F + at + width + j, d_act * silu, lanes);
+            }
+          }
+        });
+      });
   return d_hidden;
 }
 
@@ -198,27 +207,31 @@ at::Tensor grouped_wgrad(const at::Tensor& dy_in, const at::Tensor& x_in, const 
   bf16* out_EBA = out.mutable_data_ptr<bf16>();
   int64_t longest = 0;
   for (int64_t e = 0; e < groups; ++e) longest = std::max<int64_t>(longest, end[e] - (e ? end[e - 1] : 0));
-  const int64_t depth = round_up(longest, kDepthStep), columns = tile_columns(depth, in_width), per_group = (in_width + columns - 1) / columns;
-  each_task(groups * per_group, [&] { return Scratch(depth, columns); }, [&](Scratch& scratch, int64_t i) {
-    const int64_t e = i / per_group, column = i % per_group * columns, n = std::min(columns, in_width - column);
-    const int64_t start = e ? end[e - 1] : 0, count = end[e] - start;
-    bf16* out_BA = out_EBA + e * out_width * in_width + column;
-    if (count == 0) {
-      for (int64_t b = 0; b < out_width; ++b) std::memset(static_cast<void*>(out_BA + b * in_width), 0, n * sizeof(bf16));
-      return;
-    }
-    pack_kn(x_RA + start * in_width + column, in_width, count, n, scratch.packed.data(), columns);
-    const int64_t packed_rows = round_up(count, 2), padded = round_up(count, kDepthStep);
-    std::memset(static_cast<void*>(scratch.packed.data() + packed_rows * columns), 0, (padded - packed_rows) * columns * sizeof(bf16));
-    for (int64_t b = 0; b < out_width; b += kRows) {
-      const int64_t tile_rows = std::min(kRows, out_width - b);
-      for (int64_t k = 0; k < padded; k += kDepth) {
-        const bf16* from = slab_data + ((slabs.first[e] + k / kDepth) * out_width + b) * kDepth;
-        brgemm(tile_rows, columns, std::min(kDepth, padded - k), from, kDepth, scratch.packed.data() + k * columns, columns, scratch.tile.data(), columns, k > 0);
-      }
-      store_tile(scratch.tile.data(), columns, tile_rows, n, out_BA + b * in_width, in_width);
-    }
-  });
+  const int64_t depth = round_up(longest, kDepthStep), columns = tile_columns(depth, in_width),
+                per_group = (in_width + columns - 1) / columns;
+  each_task(
+      groups * per_group, [&] { return Scratch(depth, columns); },
+      [&](Scratch& scratch, int64_t i) {
+        const int64_t e = i / per_group, column = i % per_group * columns, n = std::min(columns, in_width - column);
+        const int64_t start = e ? end[e - 1] : 0, count = end[e] - start;
+        bf16* out_BA = out_EBA + e * out_width * in_width + column;
+        if (count == 0) {
+          for (int64_t b = 0; b < out_width; ++b) std::memset(static_cast<void*>(out_BA + b * in_width), 0, n * sizeof(bf16));
+          return;
+        }
+        pack_kn(x_RA + start * in_width + column, in_width, count, n, scratch.packed.data(), columns);
+        const int64_t packed_rows = round_up(count, 2), padded = round_up(count, kDepthStep);
+        std::memset(static_cast<void*>(scratch.packed.data() + packed_rows * columns), 0, (padded - packed_rows) * columns * sizeof(bf16));
+        for (int64_t b = 0; b < out_width; b += kRows) {
+          const int64_t tile_rows = std::min(kRows, out_width - b);
+          for (int64_t k = 0; k < padded; k += kDepth) {
+            const bf16* from = slab_data + ((slabs.first[e] + k / kDepth) * out_width + b) * kDepth;
+            brgemm(tile_rows, columns, std::min(kDepth, padded - k), from, kDepth, scratch.packed.data() + k * columns, columns,
+                   scratch.tile.data(), columns, k > 0);
+          }
+          store_tile(scratch.tile.data(), columns, tile_rows, n, out_BA + b * in_width, in_width);
+        }
+      });
   return out;
 }
 

@@ -17,24 +17,28 @@ constexpr int64_t kColumns = kScaleBlock;  // of a tile: one factor of the weigh
 
 int64_t blocks_of(int64_t n) { return (n + kScaleBlock - 1) / kScaleBlock; }
 
-void check_codes(const char* name, const at::Tensor& codes, const char* scale_name, const at::Tensor& scales, c10::IntArrayRef scale_shape) {
+void check_codes(const char* name, const at::Tensor& codes, const char* scale_name, const at::Tensor& scales,
+                 c10::IntArrayRef scale_shape) {
   TORCH_CHECK_VALUE(codes.scalar_type() == at::kFloat8_e4m3fn, name, ": ", codes.scalar_type(), ", need Float8_e4m3fn");
-  TORCH_CHECK_VALUE(scales.scalar_type() == at::kFloat, scale_name, ": ", scales.scalar_type(), ", need Float");
-  TORCH_CHECK_VALUE(scales.sizes() == scale_shape, scale_name, ": shape ", scales.sizes(), ", need ", scale_shape);
-  TORCH_CHECK_VALUE(scales.device() == codes.device(), scale_name, ": on ", scales.device(), ", need ", codes.device());
+  check_tensor(scale_name, scales, at::kFloat, scale_shape, codes.device());
 }
 
 struct Scratch {
   std::vector<bf16> packed, wide, rows;
   std::vector<float> product, sums;
   Scratch(int64_t depth, int64_t wide_size)
-      : packed(packed_size(round_up(depth, 2), kColumns)), wide(wide_size), rows(kRows * round_up(depth, 2)), product(kRows * kColumns), sums(kRows * kColumns) {}
+      : packed(packed_size(round_up(depth, 2), kColumns)),
+        wide(wide_size),
+        rows(kRows * round_up(depth, 2)),
+        product(kRows * kColumns),
+        sums(kRows * kColumns) {}
 };
 
 // sums += product * row_scale * column_scale
 inline void promote(const float* product, float row_scale, float column_scale, bool first, float* sums) {
   const Lanes factor(row_scale * column_scale);
-  for (int64_t i = 0; i < kColumns; i += kLanes) store(sums + i, first ? load(product + i) * factor : at::vec::fmadd(load(product + i), factor, load(sums + i)));
+  for (int64_t i = 0; i < kColumns; i += kLanes)
+    store(sums + i, first ? load(product + i) * factor : at::vec::fmadd(load(product + i), factor, load(sums + i)));
 }
 
 at::Tensor grouped_mm_fp8(const at::Tensor& x_in, const at::Tensor& x_scale_in, const at::Tensor& w_in, const at::Tensor& w_scale_in,
@@ -55,32 +59,37 @@ at::Tensor grouped_mm_fp8(const at::Tensor& x_in, const at::Tensor& x_scale_in, 
   const e4m3 *x_RA = x.const_data_ptr<e4m3>(), *weights = w.const_data_ptr<e4m3>();
   const float *x_scale_RP = x_scale.const_data_ptr<float>(), *w_scales = w_scale.const_data_ptr<float>();
   const int64_t blocks = blocks_of(depth), out_blocks = blocks_of(width);
-  each_task(tasks.size(), [&] { return Scratch(depth, depth * kColumns); }, [&](Scratch& s, int64_t i) {
-    const Task& task = tasks[i];
-    const int64_t n = std::min(kColumns, width - task.column), block_column = task.column / kScaleBlock;
-    const e4m3* w_group = weights + task.group * depth * width;
-    if (transposed) {
-      widen(w_group + task.column * depth, n * depth, s.wide.data());
-      pack_nk(s.wide.data(), depth, depth, n, s.packed.data(), kColumns);
-    } else {
-      for (int64_t k = 0; k < depth; ++k) widen(w_group + k * width + task.column, n, s.wide.data() + k * n);
-      pack_kn(s.wide.data(), n, depth, n, s.packed.data(), kColumns);
-    }
-    for (int64_t row = task.begin; row < task.end; row += kRows) {
-      const int64_t count = std::min(kRows, task.end - row), padded = round_up(count, kRowStep);
-      widen(x_RA + row * depth, count * depth, s.rows.data());
-      std::memset(static_cast<void*>(s.rows.data() + count * depth), 0, (padded - count) * depth * sizeof(bf16));
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t k = block * kScaleBlock, terms = std::min(kScaleBlock, depth - k);
-        brgemm(padded, kColumns, terms, s.rows.data() + k, depth, s.packed.data() + k * kColumns, kColumns, s.product.data(), kColumns, false);
-        const float column_scale = w_scales[task.group * blocks * out_blocks + (transposed ? block_column * blocks + block : block * out_blocks + block_column)];
-        for (int64_t r = 0; r < count; ++r) {
-          promote(s.product.data() + r * kColumns, x_scale_RP[(row + r) * blocks + block], column_scale, block == 0, s.sums.data() + r * kColumns);
+  each_task(
+      tasks.size(), [&] { return Scratch(depth, depth * kColumns); },
+      [&](Scratch& s, int64_t i) {
+        const Task& task = tasks[i];
+        const int64_t n = std::min(kColumns, width - task.column), block_column = task.column / kScaleBlock;
+        const e4m3* w_group = weights + task.group * depth * width;
+        if (transposed) {
+          widen(w_group + task.column * depth, n * depth, s.wide.data());
+          pack_nk(s.wide.data(), depth, depth, n, s.packed.data(), kColumns);
+        } else {
+          for (int64_t k = 0; k < depth; ++k) widen(w_group + k * width + task.column, n, s.wide.data() + k * n);
+          pack_kn(s.wide.data(), n, depth, n, s.packed.data(), kColumns);
         }
-      }
-      store_tile(s.sums.data(), kColumns, count, n, out_RB + row * width + task.column, width);
-    }
-  });
+        for (int64_t row = task.begin; row < task.end; row += kRows) {
+          const int64_t count = std::min(kRows, task.end - row), padded = round_up(count, kRowStep);
+          widen(x_RA + row * depth, count * depth, s.rows.data());
+          std::memset(static_cast<void*>(s.rows.data() + count * depth), 0, (padded - count) * depth * sizeof(bf16));
+          for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t k = block * kScaleBlock, terms = std::min(kScaleBlock, depth - k);
+            brgemm(padded, kColumns, terms, s.rows.data() + k, depth, s.packed.data() + k * kColumns, kColumns, s.product.data(), kColumns,
+                   false);
+            const float column_scale = w_scales[task.group * blocks * out_blocks +
+                                                (transposed ? block_column * blocks + block : block * out_blocks + block_column)];
+            for (int64_t r = 0; r < count; ++r) {
+              promote(s.product.data() + r * kColumns, x_scale_RP[(row + r) * blocks + block], column_scale, block == 0,
+                      s.sums.data() + r * kColumns);
+            }
+          }
+          store_tile(s.sums.data(), kColumns, count, n, out_RB + row * width + task.column, width);
+        }
+      });
   return out;
 }
 
@@ -95,7 +104,8 @@ at::Tensor grouped_wgrad_fp8(const at::Tensor& dy_in, const at::Tensor& dy_scale
   check_codes("x", x_in, "x_scale", x_scale_in, {blocks_of(rows), in_width});
   check_ends(ends, groups, rows);
   const int32_t* end = ends.const_data_ptr<int32_t>();
-  for (int64_t e = 0; e < groups; ++e) TORCH_CHECK_VALUE(end[e] % kScaleBlock == 0, "ends[", e, "]: ", end[e], ", need a multiple of ", kScaleBlock);
+  for (int64_t e = 0; e < groups; ++e)
+    TORCH_CHECK_VALUE(end[e] % kScaleBlock == 0, "ends[", e, "]: ", end[e], ", need a multiple of ", kScaleBlock);
   const at::Tensor dy = dy_in.contiguous(), dy_scale = dy_scale_in.contiguous(), x = x_in.contiguous(), x_scale = x_scale_in.contiguous();
   at::Tensor out = at::empty({groups, out_width, in_width}, dy.options().dtype(at::kBFloat16));
   const e4m3 *dy_RB = dy.const_data_ptr<e4m3>(), *x_RA = x.const_data_ptr<e4m3>();
@@ -104,35 +114,39 @@ at::Tensor grouped_wgrad_fp8(const at::Tensor& dy_in, const at::Tensor& dy_scale
   int64_t longest = 0;
   for (int64_t e = 0; e < groups; ++e) longest = std::max<int64_t>(longest, end[e] - (e ? end[e - 1] : 0));
   const int64_t per_group = blocks_of(in_width);
-  each_task(groups * per_group, [&] { return Scratch(std::max<int64_t>(longest, 2), kScaleBlock * kColumns); }, [&](Scratch& s, int64_t i) {
-    const int64_t e = i / per_group, column = i % per_group * kColumns, n = std::min(kColumns, in_width - column);
-    const int64_t start = e ? end[e - 1] : 0, blocks = (end[e] - start) / kScaleBlock;
-    bf16* out_BA = out_EBA + e * out_width * in_width + column;
-    for (int64_t block = 0; block < blocks; ++block) {
-      for (int64_t k = 0; k < kScaleBlock; ++k) widen(x_RA + (start + block * kScaleBlock + k) * in_width + column, n, s.wide.data() + k * n);
-      pack_kn(s.wide.data(), n, kScaleBlock, n, s.packed.data() + block * kScaleBlock * kColumns, kColumns);
-    }
-    std::vector<bf16>& across = s.rows;  // [kRows, 128] of dy^T
-    for (int64_t b = 0; b < out_width; b += kRows) {
-      const int64_t tile_rows = std::min(kRows, out_width - b);
-      std::fill(s.sums.begin(), s.sums.end(), 0.0f);
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = start + block * kScaleBlock, scale_row = first / kScaleBlock;
-        for (int64_t k = 0; k < kScaleBlock; ++k) widen(dy_RB + (first + k) * out_width + b, tile_rows, s.wide.data() + k * tile_rows);
-        transpose(s.wide.data(), tile_rows, kScaleBlock, tile_rows, across.data(), kScaleBlock);
-        brgemm(tile_rows, kColumns, kScaleBlock, across.data(), kScaleBlock, s.packed.data() + block * kScaleBlock * kColumns, kColumns, s.product.data(), kColumns, false);
-        for (int64_t r = 0; r < tile_rows; ++r) {
-          const Lanes row_scale(dy_scale_QB[scale_row * out_width + b + r]);
-          for (int64_t c = 0; c < n; c += kLanes) {
-            const Lanes factor = row_scale * load(x_scale_QA + scale_row * in_width + column + c, std::min(kLanes, n - c));
-            float* sum = s.sums.data() + r * kColumns + c;
-            store(sum, at::vec::fmadd(load(s.product.data() + r * kColumns + c), factor, load(sum)));
-          }
+  each_task(
+      groups * per_group, [&] { return Scratch(std::max<int64_t>(longest, 2), kScaleBlock * kColumns); },
+      [&](Scratch& s, int64_t i) {
+        const int64_t e = i / per_group, column = i % per_group * kColumns, n = std::min(kColumns, in_width - column);
+        const int64_t start = e ? end[e - 1] : 0, blocks = (end[e] - start) / kScaleBlock;
+        bf16* out_BA = out_EBA + e * out_width * in_width + column;
+        for (int64_t block = 0; block < blocks; ++block) {
+          for (int64_t k = 0; k < kScaleBlock; ++k)
+            widen(x_RA + (start + block * kScaleBlock + k) * in_width + column, n, s.wide.data() + k * n);
+          pack_kn(s.wide.data(), n, kScaleBlock, n, s.packed.data() + block * kScaleBlock * kColumns, kColumns);
         }
-      }
-      store_tile(s.sums.data(), kColumns, tile_rows, n, out_BA + b * in_width, in_width);
-    }
-  });
+        std::vector<bf16>& across = s.rows;  // [kRows, 128] of dy^T
+        for (int64_t b = 0; b < out_width; b += kRows) {
+          const int64_t tile_rows = std::min(kRows, out_width - b);
+          std::fill(s.sums.begin(), s.sums.end(), 0.0f);
+          for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t first = start + block * kScaleBlock, scale_row = first / kScaleBlock;
+            for (int64_t k = 0; k < kScaleBlock; ++k) widen(dy_RB + (first + k) * out_width + b, tile_rows, s.wide.data() + k * tile_rows);
+            transpose(s.wide.data(), tile_rows, kScaleBlock, tile_rows, across.data(), kScaleBlock);
+            brgemm(tile_rows, kColumns, kScaleBlock, across.data(), kScaleBlock, s.packed.data() + block * kScaleBlock * kColumns, kColumns,
+                   s.product.data(), kColumns, false);
+            for (int64_t r = 0; r < tile_rows; ++r) {
+              const Lanes row_scale(dy_scale_QB[scale_row * out_width + b + r]);
+              for (int64_t c = 0; c < n; c += kLanes) {
+                const Lanes factor = row_scale * load(x_scale_QA + scale_row * in_width + column + c, std::min(kLanes, n - c));
+                float* sum = s.sums.data() + r * kColumns + c;
+                store(sum, at::vec::fmadd(load(s.product.data() + r * kColumns + c), factor, load(sum)));
+              }
+            }
+          }
+          store_tile(s.sums.data(), kColumns, tile_rows, n, out_BA + b * in_width, in_width);
+        }
+      });
   return out;
 }
 

@@ -12,7 +12,7 @@
 
 namespace m2::grouped_gemm {
 
-constexpr int64_t kRows = 64;           // of a tile; the last tile of a group has a multiple of kRowStep, so that shapes stay few
+constexpr int64_t kRows = 64;  // of a tile; the last tile of a group has a multiple of kRowStep, so that shapes stay few
 constexpr int64_t kRowStep = 16;
 constexpr int64_t kRowsPerTask = 1024;  // that share one packing
 
@@ -46,7 +46,8 @@ void each_task(int64_t count, MakeState make_state, Work work) {
 
 inline void store_tile(const float* tile, int64_t ld, int64_t rows, int64_t n, bf16* out, int64_t ld_out) {
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < n; i += kLanes) store(out + r * ld_out + i, load(tile + r * ld + i, std::min(kLanes, n - i)), std::min(kLanes, n - i));
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(out + r * ld_out + i, load(tile + r * ld + i, std::min(kLanes, n - i)), std::min(kLanes, n - i));
   }
 }
 

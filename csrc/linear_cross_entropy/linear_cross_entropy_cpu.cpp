@@ -20,10 +20,10 @@
 namespace m2::linear_cross_entropy {
 namespace {
 
-constexpr int64_t kRows = 64;                     // predictions of a tile
-constexpr int64_t kRowsPerTask = 2048;            // that share one packing of a block of the weight
-constexpr int64_t kMostSplits = 32;               // of the vocabulary in the forward: fixed, so that sums do not depend on the threads
-constexpr int64_t kPackedBytes = 768 << 10;       // a packed block of the weight stays in a core's second-level cache
+constexpr int64_t kRows = 64;                          // predictions of a tile
+constexpr int64_t kRowsPerTask = 2048;                 // that share one packing of a block of the weight
+constexpr int64_t kMostSplits = 32;                    // of the vocabulary in the forward: fixed, so that sums do not depend on the threads
+constexpr int64_t kPackedBytes = 768 << 10;            // a packed block of the weight stays in a core's second-level cache
 constexpr int64_t kChunkElements = int64_t{16} << 20;  // logit gradients that exist at one time
 
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
@@ -43,7 +43,8 @@ struct Operands {
   const int64_t* targets_N;
 };
 
-Operands operands(const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::Tensor& targets_in, const OptionalTensor& sources_in) {
+Operands operands(const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::Tensor& targets_in,
+                  const OptionalTensor& sources_in) {
   check(hidden_in, weight_in, targets_in, sources_in);
   Operands o;
   o.count = targets_in.size(0), o.hidden = hidden_in.size(1), o.vocab = weight_in.size(0);
@@ -68,7 +69,8 @@ Operands operands(const at::Tensor& hidden_in, const at::Tensor& weight_in, cons
       }
     });
   }
-  o.rows_PH = o.rows.const_data_ptr<bf16>(), o.weight_VH = o.weight.const_data_ptr<bf16>(), o.targets_N = o.targets.const_data_ptr<int64_t>();
+  o.rows_PH = o.rows.const_data_ptr<bf16>(), o.weight_VH = o.weight.const_data_ptr<bf16>(),
+  o.targets_N = o.targets.const_data_ptr<int64_t>();
   return o;
 }
 
@@ -85,7 +87,8 @@ class Tiles {
 
   // [kRows, columns] of the block taken last; columns beyond the vocabulary hold anything.
   const float* logits(int64_t first_row) {
-    brgemm(kRows, o_.columns, o_.hidden, o_.rows_PH + first_row * o_.hidden, o_.hidden, packed_.data(), o_.columns, logits_.data(), o_.columns, false);
+    brgemm(kRows, o_.columns, o_.hidden, o_.rows_PH + first_row * o_.hidden, o_.hidden, packed_.data(), o_.columns, logits_.data(),
+           o_.columns, false);
     return logits_.data();
   }
 
@@ -182,13 +185,14 @@ struct RowGradients {
 };
 
 // d_logits_PC of the vocabulary entries from first_entry on.
-void logit_gradients(const Operands& o, int64_t vocab_start, int64_t first_entry, int64_t entries, const std::vector<RowGradients>& gradients_N,
-                     bf16* d_logits_PC) {
+void logit_gradients(const Operands& o, int64_t vocab_start, int64_t first_entry, int64_t entries,
+                     const std::vector<RowGradients>& gradients_N, bf16* d_logits_PC) {
   const int64_t blocks = blocks_of(entries, o.columns), ranges = blocks_of(o.padded, kRowsPerTask);
   at::parallel_for(0, blocks * ranges, 1, [&](int64_t begin, int64_t end) {
     Tiles tiles(o);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t column = task % blocks * o.columns, first = task / blocks * kRowsPerTask, last = std::min(first + kRowsPerTask, o.padded);
+      const int64_t column = task % blocks * o.columns, first = task / blocks * kRowsPerTask,
+                    last = std::min(first + kRowsPerTask, o.padded);
       const int64_t n = std::min(o.columns, entries - column);
       tiles.take_block(first_entry + column);
       for (int64_t row = first; row < last; row += kRows) {
@@ -204,30 +208,34 @@ void logit_gradients(const Operands& o, int64_t vocab_start, int64_t first_entry
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight,
-    const at::Tensor& targets, const OptionalTensor& sources, int64_t vocab_start, bool with_mean) {
+                                                                    const at::Tensor& targets, const OptionalTensor& sources,
+                                                                    int64_t vocab_start, bool with_mean) {
   const Operands o = operands(hidden, weight, targets, sources);
   const auto fp32 = hidden.options().dtype(at::kFloat);
   at::Tensor target = at::zeros({o.count}, fp32), lse = at::empty({o.count}, fp32), mean = at::empty({with_mean ? o.count : 0}, fp32);
   if (o.count == 0) return {target, lse, mean};
-  (with_mean ? forward<true> : forward<false>)(
-      o, vocab_start, target.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), mean.mutable_data_ptr<float>());
+  (with_mean ? forward<true> : forward<false>)(o, vocab_start, target.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(),
+                                               mean.mutable_data_ptr<float>());
   return {target, lse, mean};
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_backward(const at::Tensor& grad_target, const at::Tensor& grad_lse,
-    const at::Tensor& grad_mean, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets, const OptionalTensor& sources,
-    const at::Tensor& lse_in, const at::Tensor& mean_in, int64_t vocab_start) {
+                                                                 const at::Tensor& grad_mean, const at::Tensor& hidden,
+                                                                 const at::Tensor& weight, const at::Tensor& targets,
+                                                                 const OptionalTensor& sources, const at::Tensor& lse_in,
+                                                                 const at::Tensor& mean_in, int64_t vocab_start) {
   const Operands o = operands(hidden, weight, targets, sources);
   const bool with_mean = mean_in.numel() > 0;
-  check_like("grad_target", grad_target, at::kFloat, {o.count}, hidden);
-  check_like("grad_lse", grad_lse, at::kFloat, {o.count}, hidden);
-  check_like("lse", lse_in, at::kFloat, {o.count}, hidden);
-  check_like("mean", mean_in, at::kFloat, {with_mean ? o.count : 0}, hidden);
-  check_like("grad_mean", grad_mean, at::kFloat, mean_in.sizes(), hidden);
+  check_tensor("grad_target", grad_target, at::kFloat, {o.count}, hidden.device());
+  check_tensor("grad_lse", grad_lse, at::kFloat, {o.count}, hidden.device());
+  check_tensor("lse", lse_in, at::kFloat, {o.count}, hidden.device());
+  check_tensor("mean", mean_in, at::kFloat, {with_mean ? o.count : 0}, hidden.device());
+  check_tensor("grad_mean", grad_mean, at::kFloat, mean_in.sizes(), hidden.device());
   if (o.count == 0) return {at::zeros_like(hidden), at::zeros_like(weight)};
   std::vector<RowGradients> gradients_N(o.count);
   {
-    const at::Tensor t = grad_target.contiguous(), l = grad_lse.contiguous(), m = grad_mean.contiguous(), lse = lse_in.contiguous(), mean = mean_in.contiguous();
+    const at::Tensor t = grad_target.contiguous(), l = grad_lse.contiguous(), m = grad_mean.contiguous(), lse = lse_in.contiguous(),
+                     mean = mean_in.contiguous();
     for (int64_t i = 0; i < o.count; ++i) {
       gradients_N[i] = {t.const_data_ptr<float>()[i], l.const_data_ptr<float>()[i], with_mean ? m.const_data_ptr<float>()[i] : 0.0f,
                         lse.const_data_ptr<float>()[i], with_mean ? mean.const_data_ptr<float>()[i] : 0.0f};

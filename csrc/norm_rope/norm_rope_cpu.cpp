@@ -120,7 +120,8 @@ void backward(const Sizes& s, int64_t full_width, const T* grad_TW, const T* x_T
     for (int64_t t = begin * kTokensPerPartial; t < std::min(end * kTokensPerPartial, s.tokens); ++t) {
       const T *x_W = x_TW + t * s.width, *grad_W = grad_TW + t * s.width;
       float* d_weight = partial.data() + t / kTokensPerPartial * s.width;
-      const float mean = row.inner(grad_W, x_W, cos_TR + t * s.half, sin_TR + t * s.half, rstd_T[t], d_weight) / static_cast<float>(full_width);
+      const float mean =
+          row.inner(grad_W, x_W, cos_TR + t * s.half, sin_TR + t * s.half, rstd_T[t], d_weight) / static_cast<float>(full_width);
       row.dx(x_W, rstd_T[t], d_sum_squares_T ? 0.0f : mean, dx_TW + t * s.width);
       if (d_sum_squares_T) d_sum_squares_T[t] = -0.5f * mean * rstd_T[t] * rstd_T[t];
     }
@@ -135,9 +136,9 @@ void backward(const Sizes& s, int64_t full_width, const T* grad_TW, const T* x_T
 }
 
 template <typename T>
-const T* data(const OptionalTensor& x) { return x ? x->const_data_ptr<T>() : nullptr; }
-
-OptionalTensor contiguous(const OptionalTensor& x) { return x ? std::optional(x->contiguous()) : std::nullopt; }
+const T* data(const OptionalTensor& x) {
+  return x ? x->const_data_ptr<T>() : nullptr;
+}
 
 at::Tensor row_sum_squares(const at::Tensor& x_in) {
   check_rows(x_in);
@@ -156,15 +157,16 @@ at::Tensor row_sum_squares(const at::Tensor& x_in) {
 }
 
 std::tuple<at::Tensor, at::Tensor> rms_norm_rope(const at::Tensor& x_in, const at::Tensor& weight_in, double eps, int64_t heads,
-    const OptionalTensor& cos_in, const OptionalTensor& sin_in, const OptionalTensor& sum_squares_in, int64_t full_width) {
+                                                 const OptionalTensor& cos_in, const OptionalTensor& sin_in,
+                                                 const OptionalTensor& sum_squares_in, int64_t full_width) {
   const Sizes s = check(x_in, weight_in, heads, cos_in, sin_in);
   check_split(x_in, sum_squares_in, full_width);
   const at::Tensor x = x_in.contiguous(), weight = weight_in.contiguous();
   const OptionalTensor cos = contiguous(cos_in), sin = contiguous(sin_in), sum_squares = contiguous(sum_squares_in);
   at::Tensor out = at::empty_like(x), rstd = at::empty({s.tokens}, x.options().dtype(at::kFloat));
   const auto run = [&]<typename T>(T* out_TW) {
-    forward<T>(s, full_width, eps, x.const_data_ptr<T>(), weight.const_data_ptr<T>(), data<T>(cos), data<T>(sin),
-               data<float>(sum_squares), out_TW, rstd.mutable_data_ptr<float>());
+    forward<T>(s, full_width, eps, x.const_data_ptr<T>(), weight.const_data_ptr<T>(), data<T>(cos), data<T>(sin), data<float>(sum_squares),
+               out_TW, rstd.mutable_data_ptr<float>());
   };
   if (x.scalar_type() == at::kFloat) run(out.mutable_data_ptr<float>());
   else run(out.mutable_data_ptr<at::BFloat16>());
@@ -172,11 +174,12 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_rope(const at::Tensor& x_in, const a
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm_rope_backward(const at::Tensor& grad_in, const at::Tensor& x_in,
-    const at::Tensor& weight_in, const at::Tensor& rstd_in, int64_t heads, const OptionalTensor& cos_in, const OptionalTensor& sin_in,
-    bool split, int64_t full_width) {
+                                                                      const at::Tensor& weight_in, const at::Tensor& rstd_in, int64_t heads,
+                                                                      const OptionalTensor& cos_in, const OptionalTensor& sin_in,
+                                                                      bool split, int64_t full_width) {
   const Sizes s = check(x_in, weight_in, heads, cos_in, sin_in);
-  check_like("grad", grad_in, x_in.scalar_type(), x_in.sizes(), x_in);
-  check_like("rstd", rstd_in, at::kFloat, {s.tokens}, x_in);
+  check_tensor("grad", grad_in, x_in.scalar_type(), x_in.sizes(), x_in.device());
+  check_tensor("rstd", rstd_in, at::kFloat, {s.tokens}, x_in.device());
   const at::Tensor grad = grad_in.contiguous(), x = x_in.contiguous(), weight = weight_in.contiguous(), rstd = rstd_in.contiguous();
   const OptionalTensor cos = contiguous(cos_in), sin = contiguous(sin_in);
   at::Tensor dx = at::empty_like(x), d_weight = at::empty_like(weight);

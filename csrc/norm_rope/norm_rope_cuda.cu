@@ -39,7 +39,9 @@ __global__ void forward_kernel(Sizes s, float full_width, float eps, const T* x_
   const float squares = sum_squares_T ? sum_squares_T[t] : row_sum(x_W, s.width);
   const float rstd = 1.0f / sqrtf(squares / full_width + eps);
   if (threadIdx.x == 0) rstd_T[t] = rstd;
-  const auto normed = [&](int64_t i) { return rounded<T>(rounded<T>(static_cast<float>(x_W[i]) * rstd) * static_cast<float>(weight_W[i])); };
+  const auto normed = [&](int64_t i) {
+    return rounded<T>(rounded<T>(static_cast<float>(x_W[i]) * rstd) * static_cast<float>(weight_W[i]));
+  };
   for (int64_t i = threadIdx.x; i < s.width; i += kThreads) {
     const int64_t d = i % s.head_dim, pair = d < s.half ? d : d - s.half;
     float value = normed(i);
@@ -88,9 +90,9 @@ __global__ void backward_kernel(Sizes s, float full_width, int64_t tokens_per_pa
 // ---- host -------------------------------------------------------------------------------------------------------------------------
 
 template <typename T>
-const T* data(const OptionalTensor& x) { return x ? x->const_data_ptr<T>() : nullptr; }
-
-OptionalTensor contiguous(const OptionalTensor& x) { return x ? std::optional(x->contiguous()) : std::nullopt; }
+const T* data(const OptionalTensor& x) {
+  return x ? x->const_data_ptr<T>() : nullptr;
+}
 
 at::Tensor row_sum_squares(const at::Tensor& x_in) {
   check_rows(x_in);
@@ -108,7 +110,8 @@ at::Tensor row_sum_squares(const at::Tensor& x_in) {
 }
 
 std::tuple<at::Tensor, at::Tensor> rms_norm_rope(const at::Tensor& x_in, const at::Tensor& weight_in, double eps, int64_t heads,
-    const OptionalTensor& cos_in, const OptionalTensor& sin_in, const OptionalTensor& sum_squares_in, int64_t full_width) {
+                                                 const OptionalTensor& cos_in, const OptionalTensor& sin_in,
+                                                 const OptionalTensor& sum_squares_in, int64_t full_width) {
   const Sizes s = check(x_in, weight_in, heads, cos_in, sin_in);
   check_split(x_in, sum_squares_in, full_width);
   const c10::cuda::CUDAGuard guard(x_in.device());
@@ -118,8 +121,8 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_rope(const at::Tensor& x_in, const a
   if (s.tokens == 0) return {out, rstd};
   const auto run = [&]<typename T>(T* out_TW) {
     forward_kernel<T><<<s.tokens, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        s, static_cast<float>(full_width), static_cast<float>(eps), x.const_data_ptr<T>(), weight.const_data_ptr<T>(), data<T>(cos), data<T>(sin),
-        data<float>(sum_squares), out_TW, rstd.mutable_data_ptr<float>());
+        s, static_cast<float>(full_width), static_cast<float>(eps), x.const_data_ptr<T>(), weight.const_data_ptr<T>(), data<T>(cos),
+        data<T>(sin), data<float>(sum_squares), out_TW, rstd.mutable_data_ptr<float>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
   if (x.scalar_type() == at::kFloat) run(out.mutable_data_ptr<float>());
@@ -128,23 +131,26 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_rope(const at::Tensor& x_in, const a
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm_rope_backward(const at::Tensor& grad_in, const at::Tensor& x_in,
-    const at::Tensor& weight_in, const at::Tensor& rstd_in, int64_t heads, const OptionalTensor& cos_in, const OptionalTensor& sin_in,
-    bool split, int64_t full_width) {
+                                                                      const at::Tensor& weight_in, const at::Tensor& rstd_in, int64_t heads,
+                                                                      const OptionalTensor& cos_in, const OptionalTensor& sin_in,
+                                                                      bool split, int64_t full_width) {
   const Sizes s = check(x_in, weight_in, heads, cos_in, sin_in);
-  check_like("grad", grad_in, x_in.scalar_type(), x_in.sizes(), x_in);
-  check_like("rstd", rstd_in, at::kFloat, {s.tokens}, x_in);
+  check_tensor("grad", grad_in, x_in.scalar_type(), x_in.sizes(), x_in.device());
+  check_tensor("rstd", rstd_in, at::kFloat, {s.tokens}, x_in.device());
   const c10::cuda::CUDAGuard guard(x_in.device());
   const at::Tensor grad = grad_in.contiguous(), x = x_in.contiguous(), weight = weight_in.contiguous(), rstd = rstd_in.contiguous();
   const OptionalTensor cos = contiguous(cos_in), sin = contiguous(sin_in);
   at::Tensor dx = at::empty_like(x), d_sum_squares = at::empty({split ? s.tokens : 0}, rstd.options());
   if (s.tokens == 0) return {dx, at::zeros({s.width}, weight.options()), d_sum_squares};
   // from the number of tokens alone, so that sums do not depend on the GPU
-  const int64_t tokens_per_part = std::max<int64_t>(8, (s.tokens + kMostParts - 1) / kMostParts), parts = (s.tokens + tokens_per_part - 1) / tokens_per_part;
+  const int64_t tokens_per_part = std::max<int64_t>(8, (s.tokens + kMostParts - 1) / kMostParts),
+                parts = (s.tokens + tokens_per_part - 1) / tokens_per_part;
   at::Tensor part = at::zeros({parts, s.width}, rstd.options());
   const auto run = [&]<typename T>(T* dx_TW) {
     backward_kernel<T><<<parts, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        s, static_cast<float>(full_width), tokens_per_part, grad.const_data_ptr<T>(), x.const_data_ptr<T>(), weight.const_data_ptr<T>(), data<T>(cos),
-        data<T>(sin), rstd.const_data_ptr<float>(), dx_TW, split ? d_sum_squares.mutable_data_ptr<float>() : nullptr, part.mutable_data_ptr<float>());
+        s, static_cast<float>(full_width), tokens_per_part, grad.const_data_ptr<T>(), x.const_data_ptr<T>(), weight.const_data_ptr<T>(),
+        data<T>(cos), data<T>(sin), rstd.const_data_ptr<float>(), dx_TW, split ? d_sum_squares.mutable_data_ptr<float>() : nullptr,
+        part.mutable_data_ptr<float>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
   if (x.scalar_type() == at::kFloat) run(dx.mutable_data_ptr<float>());

@@ -1,17 +1,13 @@
 // What every device's permutation agrees on: argument checks.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-
-#include <optional>
+#include "../common/check.h"
 
 namespace m2::permute {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 inline void check_rows(const char* name, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat, name, ": ", x.scalar_type(), ", need BFloat16 or Float");
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat, name, ": ", x.scalar_type(),
+                    ", need BFloat16 or Float");
   TORCH_CHECK_VALUE(x.dim() == 2, name, ": shape ", x.sizes(), ", need two dimensions");
 }
 
@@ -22,21 +18,19 @@ inline void check_index(const char* name, const at::Tensor& x, int64_t dim, cons
 }
 
 inline void check_weights(const OptionalTensor& weights, const at::Tensor& row_TK) {
-  if (!weights) return;
-  TORCH_CHECK_VALUE(weights->scalar_type() == at::kFloat, "weights: ", weights->scalar_type(), ", need Float");
-  TORCH_CHECK_VALUE(weights->sizes() == row_TK.sizes(), "weights: shape ", weights->sizes(), ", need ", row_TK.sizes());
-  TORCH_CHECK_VALUE(weights->device() == row_TK.device(), "weights: on ", weights->device(), ", need ", row_TK.device());
+  if (weights) check_tensor("weights", *weights, at::kFloat, row_TK.sizes(), row_TK.device());
 }
 
-inline void check_backward(const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& token, const at::Tensor& row, const at::Tensor& weights) {
+inline void check_backward(const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& token, const at::Tensor& row,
+                           const at::Tensor& weights) {
   check_rows("rows", rows);
   check_index("token", token, 1, rows);
   check_index("row", row, 2, rows);
   check_weights(weights, row);
   TORCH_CHECK_VALUE(token.size(0) == rows.size(0), "token: shape ", token.sizes(), ", need [", rows.size(0), "]");
-  TORCH_CHECK_VALUE(grad.scalar_type() == rows.scalar_type() && grad.dim() == 2 && grad.size(0) == row.size(0) &&
-                        grad.size(1) == rows.size(1),
-                    "grad: ", grad.scalar_type(), " ", grad.sizes(), " does not fit rows ", rows.scalar_type(), " ", rows.sizes());
+  TORCH_CHECK_VALUE(
+      grad.scalar_type() == rows.scalar_type() && grad.dim() == 2 && grad.size(0) == row.size(0) && grad.size(1) == rows.size(1),
+      "grad: ", grad.scalar_type(), " ", grad.sizes(), " does not fit rows ", rows.scalar_type(), " ", rows.sizes());
 }
 
 inline void check_layout(const at::Tensor& experts, int64_t num_experts, int64_t block) {

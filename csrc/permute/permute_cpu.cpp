@@ -56,11 +56,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute_layout(const at::Tensor& 
   at::Tensor row = at::empty_like(experts), ends = at::empty({num_experts}, experts.options());
   std::vector<int32_t> next(num_experts);
   for (int64_t i = 0; i < routed; ++i) {
-    TORCH_CHECK_VALUE(experts_TK[i] >= 0 && experts_TK[i] < num_experts,
-                      "experts[", i / top_k, ", ", i % top_k, "]: ", experts_TK[i], ", need 0 to ", num_experts - 1);
+    TORCH_CHECK_VALUE(experts_TK[i] >= 0 && experts_TK[i] < num_experts, "experts[", i / top_k, ", ", i % top_k, "]: ", experts_TK[i],
+                      ", need 0 to ", num_experts - 1);
     ++next[experts_TK[i]];
   }
-  int32_t *token_R = token.mutable_data_ptr<int32_t>(), *row_TK = row.mutable_data_ptr<int32_t>(), *ends_E = ends.mutable_data_ptr<int32_t>();
+  int32_t *token_R = token.mutable_data_ptr<int32_t>(), *row_TK = row.mutable_data_ptr<int32_t>(),
+          *ends_E = ends.mutable_data_ptr<int32_t>();
   int64_t start = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
     const int64_t count = next[e];
@@ -105,7 +106,8 @@ void check_row_range(const int32_t* row_K, int64_t top_k, int64_t rows, int64_t 
 
 // out_t = sum_k weights_tk rows_(row_tk), in fp32, k in order.
 template <typename T>
-void combine(const T* rows_RW, const int32_t* row_TK, const float* weights_TK, int64_t tokens, int64_t top_k, int64_t rows, int64_t width, T* out_TW) {
+void combine(const T* rows_RW, const int32_t* row_TK, const float* weights_TK, int64_t tokens, int64_t top_k, int64_t rows, int64_t width,
+             T* out_TW) {
   at::parallel_for(0, tokens, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int32_t* row_K = row_TK + t * top_k;
@@ -125,8 +127,8 @@ void combine(const T* rows_RW, const int32_t* row_TK, const float* weights_TK, i
 
 // The combination's backward: d_rows_(row_tk) = weights_tk grad_t, d_weights_tk = <rows_(row_tk), grad_t>; rows of no token get 0.
 template <typename T>
-void combine_backward(const T* grad_TW, const T* rows_RW, const int32_t* row_TK, const float* weights_TK, const int32_t* token_R, int64_t tokens,
-                      int64_t top_k, int64_t rows, int64_t width, T* d_rows_RW, float* d_weights_TK) {
+void combine_backward(const T* grad_TW, const T* rows_RW, const int32_t* row_TK, const float* weights_TK, const int32_t* token_R,
+                      int64_t tokens, int64_t top_k, int64_t rows, int64_t width, T* d_rows_RW, float* d_weights_TK) {
   at::parallel_for(0, rows, kGrain * top_k, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       if (token_R[r] < 0) std::memset(static_cast<void*>(d_rows_RW + r * width), 0, width * sizeof(T));

@@ -80,8 +80,8 @@ struct alignas(sizeof(T) * N) Pack {
 };
 
 template <typename T, int N>
-__global__ void combine_kernel(const Pack<T, N>* rows_RW, const int32_t* row_TK, const float* weights_TK, int64_t top_k, int64_t rows, int64_t pieces,
-                               Pack<T, N>* out_TW) {
+__global__ void combine_kernel(const Pack<T, N>* rows_RW, const int32_t* row_TK, const float* weights_TK, int64_t top_k, int64_t rows,
+                               int64_t pieces, Pack<T, N>* out_TW) {
   const int64_t t = blockIdx.x;
   for (int64_t i = threadIdx.x; i < pieces; i += blockDim.x) {
     float total[N] = {};
@@ -102,8 +102,9 @@ __global__ void combine_kernel(const Pack<T, N>* rows_RW, const int32_t* row_TK,
 
 // A block per (token, slot), and one per row of padding.
 template <typename T, int N>
-__global__ void combine_backward_kernel(const Pack<T, N>* grad_TW, const Pack<T, N>* rows_RW, const int32_t* row_TK, const float* weights_TK,
-                                        int64_t top_k, int64_t rows, int64_t pieces, Pack<T, N>* d_rows_RW, float* d_weights_TK) {
+__global__ void combine_backward_kernel(const Pack<T, N>* grad_TW, const Pack<T, N>* rows_RW, const int32_t* row_TK,
+                                        const float* weights_TK, int64_t top_k, int64_t rows, int64_t pieces, Pack<T, N>* d_rows_RW,
+                                        float* d_weights_TK) {
   const int64_t slot = blockIdx.x, t = slot / top_k;
   const int32_t row = row_TK[slot];
   CUDA_KERNEL_ASSERT(row >= 0 && row < rows);
@@ -131,7 +132,9 @@ __global__ void clear_padding_kernel(const int32_t* token_R, int64_t pieces, Pac
 
 // ---- host -------------------------------------------------------------------------------------------------------------------------
 
-bool in_pieces_of_16(const at::Tensor& x) { return x.size(1) * x.element_size() % 16 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
+bool in_pieces_of_16(const at::Tensor& x) {
+  return x.size(1) * x.element_size() % 16 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> permute_layout(const at::Tensor& experts_in, int64_t num_experts, int64_t block) {
   check_layout(experts_in, num_experts, block);
@@ -141,11 +144,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute_layout(const at::Tensor& 
   at::Tensor token = at::full({most_rows(routed, num_experts, block)}, -1, experts.options());
   at::Tensor row = at::empty_like(experts), ends = at::empty({num_experts}, experts.options()), counts = at::empty_like(ends);
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  count_kernel<<<num_experts, kSortThreads, 0, stream>>>(experts.const_data_ptr<int32_t>(), routed, num_experts, counts.mutable_data_ptr<int32_t>());
+  count_kernel<<<num_experts, kSortThreads, 0, stream>>>(experts.const_data_ptr<int32_t>(), routed, num_experts,
+                                                         counts.mutable_data_ptr<int32_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  place_kernel<<<num_experts, kSortThreads, 0, stream>>>(
-      experts.const_data_ptr<int32_t>(), routed, std::max<int64_t>(1, experts.size(1)), block, counts.const_data_ptr<int32_t>(),
-      ends.mutable_data_ptr<int32_t>(), token.mutable_data_ptr<int32_t>(), row.mutable_data_ptr<int32_t>());
+  place_kernel<<<num_experts, kSortThreads, 0, stream>>>(experts.const_data_ptr<int32_t>(), routed, std::max<int64_t>(1, experts.size(1)),
+                                                         block, counts.const_data_ptr<int32_t>(), ends.mutable_data_ptr<int32_t>(),
+                                                         token.mutable_data_ptr<int32_t>(), row.mutable_data_ptr<int32_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {ends, token, row};
 }
@@ -168,7 +172,8 @@ at::Tensor permute(const at::Tensor& x_in, const at::Tensor& token_in, const at:
   by_piece(x, in_pieces_of_16(x), [&]<typename Piece>(Piece*) {
     const int64_t pieces = x.size(1) * x.element_size() / static_cast<int64_t>(sizeof(Piece));
     permute_kernel<<<token.size(0), std::min<int64_t>(kThreads, (pieces + 31) / 32 * 32), 0, c10::cuda::getCurrentCUDAStream()>>>(
-        static_cast<const Piece*>(x.const_data_ptr()), token.const_data_ptr<int32_t>(), x.size(0), pieces, static_cast<Piece*>(out.mutable_data_ptr()));
+        static_cast<const Piece*>(x.const_data_ptr()), token.const_data_ptr<int32_t>(), x.size(0), pieces,
+        static_cast<Piece*>(out.mutable_data_ptr()));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;
@@ -186,8 +191,9 @@ at::Tensor unpermute(const at::Tensor& rows_in, const at::Tensor& token_in, cons
   by_piece(rows, in_pieces_of_16(rows), [&]<typename T, int N>(Pack<T, N>*) {
     const int64_t pieces = rows.size(1) / N;
     combine_kernel<T, N><<<row.size(0), std::min<int64_t>(kThreads, (pieces + 31) / 32 * 32), 0, c10::cuda::getCurrentCUDAStream()>>>(
-        static_cast<const Pack<T, N>*>(rows.const_data_ptr()), row.const_data_ptr<int32_t>(), weights_in ? weights.const_data_ptr<float>() : nullptr,
-        row.size(1), rows.size(0), pieces, static_cast<Pack<T, N>*>(out.mutable_data_ptr()));
+        static_cast<const Pack<T, N>*>(rows.const_data_ptr()), row.const_data_ptr<int32_t>(),
+        weights_in ? weights.const_data_ptr<float>() : nullptr, row.size(1), rows.size(0), pieces,
+        static_cast<Pack<T, N>*>(out.mutable_data_ptr()));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;
@@ -209,8 +215,9 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward(const at::Tensor& grad_in,
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     if (row.numel() == 0) return;
     combine_backward_kernel<T, N><<<row.numel(), kThreads, 0, stream>>>(
-        static_cast<const Pack<T, N>*>(grad.const_data_ptr()), static_cast<const Pack<T, N>*>(rows.const_data_ptr()), row.const_data_ptr<int32_t>(),
-        weights.const_data_ptr<float>(), row.size(1), rows.size(0), pieces, out, d_weights.mutable_data_ptr<float>());
+        static_cast<const Pack<T, N>*>(grad.const_data_ptr()), static_cast<const Pack<T, N>*>(rows.const_data_ptr()),
+        row.const_data_ptr<int32_t>(), weights.const_data_ptr<float>(), row.size(1), rows.size(0), pieces, out,
+        d_weights.mutable_data_ptr<float>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {d_rows, d_weights};

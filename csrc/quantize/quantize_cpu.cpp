@@ -82,7 +82,8 @@ std::tuple<at::Tensor, at::Tensor> quantize_columns(const at::Tensor& x_in) {
 // Each token is quantised once and copied to its rows; rows of padding are 0 with factor 1.
 std::tuple<at::Tensor, at::Tensor> permute_quantize(const at::Tensor& x, const at::Tensor& token_in) {
   const auto [codes, scales] = quantize_rows(x);
-  TORCH_CHECK_VALUE(token_in.scalar_type() == at::kInt && token_in.dim() == 1, "token: ", token_in.scalar_type(), " ", token_in.sizes(), ", need Int [rows]");
+  TORCH_CHECK_VALUE(token_in.scalar_type() == at::kInt && token_in.dim() == 1, "token: ", token_in.scalar_type(), " ", token_in.sizes(),
+                    ", need Int [rows]");
   const at::Tensor token = token_in.contiguous();
   const int64_t rows = token.size(0), tokens = codes.size(0), width = codes.size(1), blocks = scales.size(1);
   at::Tensor out = at::empty({rows, width}, codes.options()), out_scales = at::empty({rows, blocks}, scales.options());

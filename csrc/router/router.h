@@ -1,19 +1,12 @@
 // What the CPU and the CUDA router agree on: limits and argument checks.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
+#include "../common/check.h"
 
 namespace m2::router {
 
 constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxTopK = 32;
-
-inline void check_tensor(const char* name, const at::Tensor& x, c10::ScalarType dtype, c10::IntArrayRef shape, c10::Device device) {
-  TORCH_CHECK_VALUE(x.scalar_type() == dtype, name, ": ", x.scalar_type(), ", need ", dtype);
-  TORCH_CHECK_VALUE(x.sizes() == shape, name, ": shape ", x.sizes(), ", need ", shape);
-  TORCH_CHECK_VALUE(x.device() == device, name, ": on ", x.device(), ", need ", device);
-}
 
 inline void check_logits(const at::Tensor& logits) {
   TORCH_CHECK_VALUE(logits.scalar_type() == at::kFloat, "logits: ", logits.scalar_type(), ", need ", at::kFloat);

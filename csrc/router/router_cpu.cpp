@@ -128,8 +128,8 @@ class LocalCounts {
 
 void check_route(const int32_t* experts_K, int64_t top_k, int64_t num_experts, int64_t token) {
   for (int64_t j = 0; j < top_k; ++j) {
-    TORCH_CHECK_VALUE(experts_K[j] >= 0 && experts_K[j] < num_experts,
-                      "experts[", token, ", ", j, "]: ", experts_K[j], ", need 0 to ", num_experts - 1);
+    TORCH_CHECK_VALUE(experts_K[j] >= 0 && experts_K[j] < num_experts, "experts[", token, ", ", j, "]: ", experts_K[j], ", need 0 to ",
+                      num_experts - 1);
     for (int64_t i = 0; i < j; ++i)
       TORCH_CHECK_VALUE(experts_K[i] != experts_K[j], "experts[", token, "]: names expert ", experts_K[j], " twice");
   }
@@ -141,12 +141,8 @@ void normalise(float* scores_K, int64_t top_k) {
   for (int64_t j = 0; j < top_k; ++j) scores_K[j] /= sum;
 }
 
-std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& x) {
-  return x ? std::optional(x->contiguous()) : std::nullopt;
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> router_topk(
-    const at::Tensor& logits_in, const at::Tensor& bias_in, int64_t top_k, const std::optional<at::Tensor>& multiplicity_in) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> router_topk(const at::Tensor& logits_in, const at::Tensor& bias_in, int64_t top_k,
+                                                           const std::optional<at::Tensor>& multiplicity_in) {
   check_logits(logits_in);
   const int64_t num_tokens = logits_in.size(0), num_experts = logits_in.size(1);
   check_tensor("bias", bias_in, at::kFloat, {num_experts}, logits_in.device());
@@ -192,8 +188,8 @@ void chosen_sigmoid(const float* logits_E, const int32_t* experts_K, int64_t top
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> router_replay(
-    const at::Tensor& logits_in, const at::Tensor& experts_in, const std::optional<at::Tensor>& multiplicity_in) {
+std::tuple<at::Tensor, at::Tensor> router_replay(const at::Tensor& logits_in, const at::Tensor& experts_in,
+                                                 const std::optional<at::Tensor>& multiplicity_in) {
   check_logits(logits_in);
   check_routes(experts_in, logits_in);
   check_multiplicity(multiplicity_in, logits_in);
@@ -221,8 +217,8 @@ std::tuple<at::Tensor, at::Tensor> router_replay(
 }
 
 // w_j = s_j / sum(s), so dL/dlogit_j = w_j (1 - s_j) (g_j - sum_i g_i w_i); 1 - s is sigmoid(-logit), which keeps its digits near s = 1.
-at::Tensor router_backward(
-    const at::Tensor& grad_in, const at::Tensor& logits_in, const at::Tensor& weights_in, const at::Tensor& experts_in) {
+at::Tensor router_backward(const at::Tensor& grad_in, const at::Tensor& logits_in, const at::Tensor& weights_in,
+                           const at::Tensor& experts_in) {
   check_backward(grad_in, logits_in, weights_in, experts_in);
   const int64_t num_tokens = logits_in.size(0), num_experts = logits_in.size(1), top_k = experts_in.size(1);
   const at::Tensor grad = grad_in.contiguous(), logits = logits_in.contiguous();

@@ -96,7 +96,8 @@ struct Shape {
 };
 
 // Lane j < K holds the token's j-th expert: its weight and counts.
-__device__ void write_weights(const float* logits_E, int expert, float* weights_K, int multiplicity, int top_k, int lane, BlockCounts& counts) {
+__device__ void write_weights(const float* logits_E, int expert, float* weights_K, int multiplicity, int top_k, int lane,
+                              BlockCounts& counts) {
   const float score = lane < top_k ? sigmoid(logits_E[expert]) : 0.0f;
   const float sum = warp_sum(score);
   if (lane < top_k) {
@@ -115,7 +116,9 @@ __device__ int load_route(const int* experts_K, int top_k, int num_experts, int 
 
 // N keys per lane. The register caps let one wave of blocks hold a large batch: 64 warps per multiprocessor up to 256 experts.
 template <int N>
-__global__ void __launch_bounds__(kThreads, N <= 8 ? 4 : N <= 16 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, N <= 8    ? 4
+                                            : N <= 16 ? 2
+                                                      : 1)
     topk_kernel(const float* __restrict__ logits_TE, const float* __restrict__ bias_E, const int* __restrict__ multiplicity_T,
                 float* __restrict__ weights_TK, int* __restrict__ experts_TK, unsigned long long* counts_E, Shape shape, bool wide) {
   __shared__ unsigned long long block_counts[kMaxExperts];
@@ -232,8 +235,8 @@ std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& x) { retur
 
 unsigned long long* counts_data(at::Tensor& counts) { return reinterpret_cast<unsigned long long*>(counts.mutable_data_ptr<int64_t>()); }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> router_topk(
-    const at::Tensor& logits_in, const at::Tensor& bias_in, int64_t top_k, const std::optional<at::Tensor>& multiplicity_in) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> router_topk(const at::Tensor& logits_in, const at::Tensor& bias_in, int64_t top_k,
+                                                           const std::optional<at::Tensor>& multiplicity_in) {
   check_logits(logits_in);
   const int64_t num_tokens = logits_in.size(0), num_experts = logits_in.size(1);
   check_tensor("bias", bias_in, at::kFloat, {num_experts}, logits_in.device());
@@ -261,8 +264,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> router_topk(
   return {weights, experts, counts};
 }
 
-std::tuple<at::Tensor, at::Tensor> router_replay(
-    const at::Tensor& logits_in, const at::Tensor& experts_in, const std::optional<at::Tensor>& multiplicity_in) {
+std::tuple<at::Tensor, at::Tensor> router_replay(const at::Tensor& logits_in, const at::Tensor& experts_in,
+                                                 const std::optional<at::Tensor>& multiplicity_in) {
   check_logits(logits_in);
   check_routes(experts_in, logits_in);
   check_multiplicity(multiplicity_in, logits_in);
@@ -280,8 +283,8 @@ std::tuple<at::Tensor, at::Tensor> router_replay(
   return {weights, counts};
 }
 
-at::Tensor router_backward(
-    const at::Tensor& grad_in, const at::Tensor& logits_in, const at::Tensor& weights_in, const at::Tensor& experts_in) {
+at::Tensor router_backward(const at::Tensor& grad_in, const at::Tensor& logits_in, const at::Tensor& weights_in,
+                           const at::Tensor& experts_in) {
   check_backward(grad_in, logits_in, weights_in, experts_in);
   const int64_t num_tokens = logits_in.size(0), num_experts = logits_in.size(1), top_k = experts_in.size(1);
   const c10::cuda::CUDAGuard guard(logits_in.device());

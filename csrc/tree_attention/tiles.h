@@ -24,8 +24,13 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 class Plan {
  public:
   Plan(const Shape& s, const int32_t* subtree_end_T, int64_t rows_per_tile)
-      : shape(s), tile_tokens(std::max<int64_t>(1, rows_per_tile / s.share())), query_tiles((s.queries + tile_tokens - 1) / tile_tokens),
-        key_tiles((s.query_start + s.queries + kKeys - 1) / kKeys), ends_(key_tiles * kKeys, 0), least_(key_tiles), most_(key_tiles) {
+      : shape(s),
+        tile_tokens(std::max<int64_t>(1, rows_per_tile / s.share())),
+        query_tiles((s.queries + tile_tokens - 1) / tile_tokens),
+        key_tiles((s.query_start + s.queries + kKeys - 1) / kKeys),
+        ends_(key_tiles * kKeys, 0),
+        least_(key_tiles),
+        most_(key_tiles) {
     const int64_t keys = s.query_start + s.queries;  // later ones are seen by no query
     std::copy_n(subtree_end_T, keys, ends_.begin());
     for (int64_t j = 0; j < key_tiles; ++j) {
@@ -86,7 +91,8 @@ inline void gather_rows(const at::Tensor& x_QHD, const Plan& plan, int64_t tile,
   const bf16* from = x_QHD.const_data_ptr<bf16>() + tile * plan.tile_tokens * x_QHD.stride(0) + kv_head * share * x_QHD.stride(1);
   bf16* to = rows_MD;
   for (int64_t t = 0; t < plan.tokens(tile); ++t) {
-    for (int64_t h = 0; h < share; ++h, to += dim) std::memcpy(static_cast<void*>(to), from + t * x_QHD.stride(0) + h * x_QHD.stride(1), dim * sizeof(bf16));
+    for (int64_t h = 0; h < share; ++h, to += dim)
+      std::memcpy(static_cast<void*>(to), from + t * x_QHD.stride(0) + h * x_QHD.stride(1), dim * sizeof(bf16));
   }
   std::memset(static_cast<void*>(to), 0, (rows_MD + padded * dim - to) * sizeof(bf16));
 }
@@ -98,7 +104,8 @@ void scatter_rows(const float* rows_MD, const Plan& plan, int64_t tile, int64_t 
   for (int64_t r = 0; r < plan.rows(tile); ++r) {
     const Lanes scale(factor(r));
     bf16* to = x_QHD + ((tile * plan.tile_tokens + r / share) * plan.shape.heads + kv_head * share + r % share) * dim;
-    for (int64_t d = 0; d < dim; d += kLanes) store(to + d, load(rows_MD + r * dim + d, std::min(kLanes, dim - d)) * scale, std::min(kLanes, dim - d));
+    for (int64_t d = 0; d < dim; d += kLanes)
+      store(to + d, load(rows_MD + r * dim + d, std::min(kLanes, dim - d)) * scale, std::min(kLanes, dim - d));
   }
 }
 

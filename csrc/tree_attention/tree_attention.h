@@ -2,11 +2,9 @@
 // Shape suffixes: Q queries, T keys, H query heads, G key/value heads, D head_dim.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
+#include "../common/check.h"
 
 #include <limits>
-#include <optional>
 #include <vector>
 
 namespace m2::tree_attention {
@@ -18,27 +16,22 @@ struct Shape {
   int64_t share() const { return heads / kv_heads; }  // query heads that read one key/value head
 };
 
-inline void check_tensor(const char* name, const at::Tensor& x, c10::ScalarType dtype, c10::IntArrayRef shape, c10::Device device) {
-  TORCH_CHECK_VALUE(x.scalar_type() == dtype, name, ": ", x.scalar_type(), ", need ", dtype);
-  TORCH_CHECK_VALUE(x.sizes() == shape, name, ": shape ", x.sizes(), ", need ", shape);
-  TORCH_CHECK_VALUE(x.device() == device, name, ": on ", x.device(), ", need ", device);
-}
-
-inline Shape check_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& subtree_end, int64_t query_start) {
+inline Shape check_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& subtree_end,
+                          int64_t query_start) {
   TORCH_CHECK_VALUE(q.scalar_type() == at::kBFloat16, "q: ", q.scalar_type(), ", need ", at::kBFloat16);
   TORCH_CHECK_VALUE(q.dim() == 3, "q: shape ", q.sizes(), ", need [queries, heads, head_dim]");
   TORCH_CHECK_VALUE(k.dim() == 3, "k: shape ", k.sizes(), ", need [tokens, kv_heads, head_dim]");
   const Shape s{q.size(0), k.size(0), q.size(1), k.size(1), q.size(2), query_start};
-  TORCH_CHECK_VALUE(s.head_dim >= 16 && s.head_dim <= kMaxHeadDim && s.head_dim % 16 == 0,
-                    "q: head_dim ", s.head_dim, ", need a multiple of 16 up to ", kMaxHeadDim);
+  TORCH_CHECK_VALUE(s.head_dim >= 16 && s.head_dim <= kMaxHeadDim && s.head_dim % 16 == 0, "q: head_dim ", s.head_dim,
+                    ", need a multiple of 16 up to ", kMaxHeadDim);
   TORCH_CHECK_VALUE(s.keys < std::numeric_limits<int32_t>::max(), "k: ", s.keys, " tokens, need less than 2^31 - 1");
-  TORCH_CHECK_VALUE(s.kv_heads >= 1 && s.heads >= 1 && s.heads % s.kv_heads == 0,
-                    "k: ", s.kv_heads, " heads, need a divisor of q's ", s.heads);
+  TORCH_CHECK_VALUE(s.kv_heads >= 1 && s.heads >= 1 && s.heads % s.kv_heads == 0, "k: ", s.kv_heads, " heads, need a divisor of q's ",
+                    s.heads);
   check_tensor("k", k, at::kBFloat16, {s.keys, s.kv_heads, s.head_dim}, q.device());
   check_tensor("v", v, at::kBFloat16, {s.keys, s.kv_heads, s.head_dim}, q.device());
   check_tensor("subtree_end", subtree_end, at::kInt, {s.keys}, q.device());
-  TORCH_CHECK_VALUE(query_start >= 0 && query_start + s.queries <= s.keys,
-                    "query_start: ", query_start, ", need 0 to ", s.keys - s.queries, " for ", s.queries, " queries of ", s.keys, " tokens");
+  TORCH_CHECK_VALUE(query_start >= 0 && query_start + s.queries <= s.keys, "query_start: ", query_start, ", need 0 to ", s.keys - s.queries,
+                    " for ", s.queries, " queries of ", s.keys, " tokens");
   return s;
 }
 

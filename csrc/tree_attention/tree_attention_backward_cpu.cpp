@@ -23,14 +23,19 @@ struct KeyTiles {
   int64_t tiles, size;
 
   KeyTiles(const Plan& plan, const at::Tensor& k, const at::Tensor& v)
-      : keys(plan.shape.kv_heads * plan.key_tiles * kKeys * plan.shape.head_dim), values(keys.size()), packed_keys(keys.size()),
-        d_keys(keys.size()), d_values(keys.size()), tiles(plan.key_tiles), size(kKeys * plan.shape.head_dim) {
+      : keys(plan.shape.kv_heads * plan.key_tiles * kKeys * plan.shape.head_dim),
+        values(keys.size()),
+        packed_keys(keys.size()),
+        d_keys(keys.size()),
+        d_values(keys.size()),
+        tiles(plan.key_tiles),
+        size(kKeys * plan.shape.head_dim) {
     const int64_t dim = plan.shape.head_dim;
     at::parallel_for(0, plan.shape.kv_heads * tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t g = i / tiles, first = i % tiles * kKeys;
         for (int64_t n = 0; n < plan.keys_of(i % tiles); ++n) {
-          const bf16 *key = k.const_data_ptr<bf16>() + (first + n) * k.stride(0) + g * k.stride(1);
+          const bf16* key = k.const_data_ptr<bf16>() + (first + n) * k.stride(0) + g * k.stride(1);
           const bf16* value = v.const_data_ptr<bf16>() + (first + n) * v.stride(0) + g * v.stride(1);
           std::memcpy(static_cast<void*>(keys.data() + i * size + n * dim), key, dim * sizeof(bf16));
           std::memcpy(static_cast<void*>(values.data() + i * size + n * dim), value, dim * sizeof(bf16));
@@ -94,9 +99,22 @@ struct Inputs {
 class QueryTile {
  public:
   QueryTile(const Plan& plan, float scale)
-      : plan_(plan), scale_(scale), rows_(plan.most_rows() * plan.shape.head_dim), other_(rows_.size()), q_across_(rows_.size()),
-        q_down_(rows_.size()), grad_across_(rows_.size()), grad_down_(rows_.size()), p_(plan.most_rows() * kKeys), ds_(p_.size()),
-        ds_across_(p_.size()), scores_(p_.size()), d_p_(p_.size()), dq_(rows_.size()), lse_(plan.most_rows()), delta_(plan.most_rows()) {}
+      : plan_(plan),
+        scale_(scale),
+        rows_(plan.most_rows() * plan.shape.head_dim),
+        other_(rows_.size()),
+        q_across_(rows_.size()),
+        q_down_(rows_.size()),
+        grad_across_(rows_.size()),
+        grad_down_(rows_.size()),
+        p_(plan.most_rows() * kKeys),
+        ds_(p_.size()),
+        ds_across_(p_.size()),
+        scores_(p_.size()),
+        d_p_(p_.size()),
+        dq_(rows_.size()),
+        lse_(plan.most_rows()),
+        delta_(plan.most_rows()) {}
 
   void begin(const Inputs& in, int64_t tile, int64_t kv_head) {
     tile_ = tile, kv_head_ = kv_head, padded_ = plan_.padded_rows(tile);
@@ -138,7 +156,8 @@ class QueryTile {
   // Rows of the tile that see key n of a key tile.
   Interval seen_by(int64_t key_tile, int64_t n) const {
     const int64_t share = plan_.shape.share(), first = plan_.first(tile_), tokens = plan_.tokens(tile_);
-    const int64_t from = std::clamp<int64_t>(key_tile * kKeys + n - first, 0, tokens), to = std::clamp<int64_t>(plan_.ends(key_tile)[n] - first, 0, tokens);
+    const int64_t from = std::clamp<int64_t>(key_tile * kKeys + n - first, 0, tokens),
+                  to = std::clamp<int64_t>(plan_.ends(key_tile)[n] - first, 0, tokens);
     return {from * share, std::max(from, to) * share};
   }
 
@@ -184,13 +203,16 @@ class QueryTile {
   std::vector<float> scores_, d_p_, dq_, lse_, delta_;
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_attention_backward(const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse,
-    const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in, const at::Tensor& out, const at::Tensor& lse,
-    const at::Tensor& subtree_end_in, int64_t query_start) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_attention_backward(const at::Tensor& grad_out,
+                                                                       const std::optional<at::Tensor>& grad_lse, const at::Tensor& q_in,
+                                                                       const at::Tensor& k_in, const at::Tensor& v_in,
+                                                                       const at::Tensor& out, const at::Tensor& lse,
+                                                                       const at::Tensor& subtree_end_in, int64_t query_start) {
   const Shape shape = check_inputs(q_in, k_in, v_in, subtree_end_in, query_start);
   check_backward(grad_out, q_in, out, lse, grad_lse);
   const at::Tensor k = dense_rows(k_in), v = dense_rows(v_in), subtree_end = subtree_end_in.contiguous();
-  const Inputs in{dense_rows(grad_out), dense_rows(q_in), dense_rows(out), lse.contiguous(), grad_lse ? grad_lse->contiguous() : at::Tensor()};
+  const Inputs in{dense_rows(grad_out), dense_rows(q_in), dense_rows(out), lse.contiguous(),
+                  grad_lse ? grad_lse->contiguous() : at::Tensor()};
   at::Tensor dq = at::empty(q_in.sizes(), q_in.options());
   if (shape.queries == 0) return {dq, at::zeros(k.sizes(), k.options()), at::zeros(v.sizes(), v.options())};
   at::Tensor dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
@@ -200,14 +222,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_attention_backward(const at:
   Turns turns(plan, failed);
   const float scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
   bf16* dq_QHD = dq.mutable_data_ptr<bf16>();
-  run_in_order(shape.kv_heads * plan.query_tiles, failed, [&] { return QueryTile(plan, scale); }, [&](QueryTile& work, int64_t task) {
-    const int64_t g = task % shape.kv_heads, tile = plan.query_tiles - 1 - task / shape.kv_heads;
-    work.begin(in, tile, g);
-    for (int64_t j = 0; j <= plan.last_key_tile(tile); ++j) {
-      if (plan.visible(tile, j)) work.add(j, keys, turns);
-    }
-    work.end(dq_QHD);
-  });
+  run_in_order(
+      shape.kv_heads * plan.query_tiles, failed, [&] { return QueryTile(plan, scale); },
+      [&](QueryTile& work, int64_t task) {
+        const int64_t g = task % shape.kv_heads, tile = plan.query_tiles - 1 - task / shape.kv_heads;
+        work.begin(in, tile, g);
+        for (int64_t j = 0; j <= plan.last_key_tile(tile); ++j) {
+          if (plan.visible(tile, j)) work.add(j, keys, turns);
+        }
+        work.end(dq_QHD);
+      });
   keys.write(plan, dk.mutable_data_ptr<bf16>(), dv.mutable_data_ptr<bf16>());
   return {dq, dk, dv};
 }

@@ -20,14 +20,18 @@ struct PackedKeys {
   int64_t tiles, size;
 
   PackedKeys(const Plan& plan, const at::Tensor& k, const at::Tensor& v)
-      : keys(plan.shape.kv_heads * plan.key_tiles * kKeys * plan.shape.head_dim), values(keys.size()), tiles(plan.key_tiles),
+      : keys(plan.shape.kv_heads * plan.key_tiles * kKeys * plan.shape.head_dim),
+        values(keys.size()),
+        tiles(plan.key_tiles),
         size(kKeys * plan.shape.head_dim) {
     const int64_t dim = plan.shape.head_dim;
     at::parallel_for(0, plan.shape.kv_heads * tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t g = i / tiles, tile = i % tiles, count = plan.keys_of(tile);
-        pack_nk(k.const_data_ptr<bf16>() + tile * kKeys * k.stride(0) + g * k.stride(1), k.stride(0), dim, count, keys.data() + i * size, kKeys);
-        pack_kn(v.const_data_ptr<bf16>() + tile * kKeys * v.stride(0) + g * v.stride(1), v.stride(0), count, dim, values.data() + i * size, dim);
+        pack_nk(k.const_data_ptr<bf16>() + tile * kKeys * k.stride(0) + g * k.stride(1), k.stride(0), dim, count, keys.data() + i * size,
+                kKeys);
+        pack_kn(v.const_data_ptr<bf16>() + tile * kKeys * v.stride(0) + g * v.stride(1), v.stride(0), count, dim, values.data() + i * size,
+                dim);
       }
     });
   }
@@ -39,8 +43,14 @@ struct PackedKeys {
 class QueryTile {
  public:
   QueryTile(const Plan& plan, float scale)
-      : plan_(plan), scale_(scale * kLog2e), q_(plan.most_rows() * plan.shape.head_dim), p_(plan.most_rows() * kKeys),
-        scores_(plan.most_rows() * kKeys), out_(plan.most_rows() * plan.shape.head_dim), max_(plan.most_rows()), sum_(plan.most_rows()) {}
+      : plan_(plan),
+        scale_(scale * kLog2e),
+        q_(plan.most_rows() * plan.shape.head_dim),
+        p_(plan.most_rows() * kKeys),
+        scores_(plan.most_rows() * kKeys),
+        out_(plan.most_rows() * plan.shape.head_dim),
+        max_(plan.most_rows()),
+        sum_(plan.most_rows()) {}
 
   void begin(const at::Tensor& q, int64_t tile, int64_t kv_head) {
     tile_ = tile, padded_ = plan_.padded_rows(tile);
@@ -62,7 +72,8 @@ class QueryTile {
     const int64_t share = plan_.shape.share();
     scatter_rows(out_.data(), plan_, tile_, kv_head, [&](int64_t r) { return 1.0f / sum_[r]; }, out_QHD);
     for (int64_t r = 0; r < plan_.rows(tile_); ++r) {
-      lse_QH[(tile_ * plan_.tile_tokens + r / share) * plan_.shape.heads + kv_head * share + r % share] = max_[r] / kLog2e + std::log(sum_[r]);
+      lse_QH[(tile_ * plan_.tile_tokens + r / share) * plan_.shape.heads + kv_head * share + r % share] =
+          max_[r] / kLog2e + std::log(sum_[r]);
     }
   }
 
@@ -125,14 +136,16 @@ std::tuple<at::Tensor, at::Tensor> tree_attention(const at::Tensor& q_in, const 
   bf16* out_QHD = out.mutable_data_ptr<bf16>();
   float* lse_QH = lse.mutable_data_ptr<float>();
   std::atomic<bool> failed{false};
-  run_in_order(shape.kv_heads * plan.query_tiles, failed, [&] { return QueryTile(plan, scale); }, [&](QueryTile& work, int64_t task) {
-    const int64_t g = task % shape.kv_heads, tile = plan.query_tiles - 1 - task / shape.kv_heads;  // the longest first
-    work.begin(q, tile, g);
-    for (int64_t j = 0; j <= plan.last_key_tile(tile); ++j) {
-      if (plan.visible(tile, j)) work.add(j, packed.key_tile(g, j), packed.value_tile(g, j));
-    }
-    work.end(g, out_QHD, lse_QH);
-  });
+  run_in_order(
+      shape.kv_heads * plan.query_tiles, failed, [&] { return QueryTile(plan, scale); },
+      [&](QueryTile& work, int64_t task) {
+        const int64_t g = task % shape.kv_heads, tile = plan.query_tiles - 1 - task / shape.kv_heads;  // the longest first
+        work.begin(q, tile, g);
+        for (int64_t j = 0; j <= plan.last_key_tile(tile); ++j) {
+          if (plan.visible(tile, j)) work.add(j, packed.key_tile(g, j), packed.value_tile(g, j));
+        }
+        work.end(g, out_QHD, lse_QH);
+      });
   return {out, lse};
 }
 

@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Problem p, half_t* ou
   float *scores = reinterpret_cast<float*>(probs + kTile * kProbLd), *out = scores + kTile * kScoreLd;
   constexpr int kOutLd = D + 4;
   const int tile = gridDim.x - 1 - blockIdx.x, head = blockIdx.y, first = tile * kTile, count = min(kTile, p.queries - first);
-  const int row = threadIdx.x / 2, part = threadIdx.x % 2, first_token = p.query_start + first, token = first_token + row, warp_row = threadIdx.x / kWarpSize * 16;
+  const int row = threadIdx.x / 2, part = threadIdx.x % 2, first_token = p.query_start + first, token = first_token + row,
+            warp_row = threadIdx.x / kWarpSize * 16;
   float top = -INFINITY, total = 0;
   load_tile<D>(q, p.q, first, head, count);
   for (int i = threadIdx.x; i < kTile * kOutLd; i += kThreads) out[i] = 0;
@@ -152,7 +153,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Problem p, half_t* ou
     __syncwarp();
   }
   if (row >= count) return;
-  for (int d = part; d < D; d += 2) out_QHD[(static_cast<int64_t>(first + row) * p.heads + head) * D + d] = __float2bfloat16(out[row * kOutLd + d] / total);
+  for (int d = part; d < D; d += 2)
+    out_QHD[(static_cast<int64_t>(first + row) * p.heads + head) * D + d] = __float2bfloat16(out[row * kOutLd + d] / total);
   if (part == 0) lse_QH[static_cast<int64_t>(first + row) * p.heads + head] = top / kLog2e + logf(total);
 }
 
@@ -177,7 +179,8 @@ struct Upstream {
 template <int D>
 __global__ void __launch_bounds__(kThreads) dq_kernel(Problem p, Upstream up, half_t* dq_QHD) {
   extern __shared__ __align__(128) char memory[];
-  half_t *q = reinterpret_cast<half_t*>(memory), *grad = q + kTile * kLd<D>, *k = grad + kTile * kLd<D>, *v = k + kTile * kLd<D>, *ds = v + kTile * kLd<D>;
+  half_t *q = reinterpret_cast<half_t*>(memory), *grad = q + kTile * kLd<D>, *k = grad + kTile * kLd<D>, *v = k + kTile * kLd<D>,
+         *ds = v + kTile * kLd<D>;
   float *scores = reinterpret_cast<float*>(ds + kTile * kProbLd), *d_probs = scores + kTile * kScoreLd;
   const int tile = gridDim.x - 1 - blockIdx.x, head = blockIdx.y, first = tile * kTile, count = min(kTile, p.queries - first);
   const int row = threadIdx.x / 2, part = threadIdx.x % 2, first_token = p.query_start + first, token = first_token + row;
@@ -261,7 +264,8 @@ __global__ void __launch_bounds__(kThreads) dkv_kernel(Problem p, Upstream up, h
 
 // Rows that can be read in pieces of 16 bytes.
 at::Tensor readable(const at::Tensor& x) {
-  const bool fits = x.stride(2) == 1 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  const bool fits =
+      x.stride(2) == 1 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
   return fits ? x : x.clone(at::MemoryFormat::Contiguous);
 }
 
@@ -277,7 +281,9 @@ int shared_bytes(int tiles, int probs, int scores, int floats) {
 }
 
 template <typename Kernel>
-void allow_shared(Kernel kernel, int bytes) { C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)); }
+void allow_shared(Kernel kernel, int bytes) {
+  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
 
 // The tensors that a Problem points into.
 struct Held {
@@ -289,8 +295,16 @@ struct Held {
     most = at::constant_pad_nd(ends, {0, padding}, 0).view({-1, kTile}).amax(1);
   }
   Problem problem(const Shape& s) const {
-    return {rows(q), rows(k), rows(v), ends.const_data_ptr<int32_t>(), most.const_data_ptr<int32_t>(), static_cast<int>(s.queries),
-            static_cast<int>(s.keys), static_cast<int>(s.query_start), static_cast<int>(s.heads), static_cast<int>(s.share()),
+    return {rows(q),
+            rows(k),
+            rows(v),
+            ends.const_data_ptr<int32_t>(),
+            most.const_data_ptr<int32_t>(),
+            static_cast<int>(s.queries),
+            static_cast<int>(s.keys),
+            static_cast<int>(s.query_start),
+            static_cast<int>(s.heads),
+            static_cast<int>(s.share()),
             1.0f / std::sqrt(static_cast<float>(s.head_dim))};
   }
 };
@@ -303,11 +317,12 @@ void by_head_dim(int64_t head_dim, Run run) {
   else run(std::integral_constant<int, 128>());
 }
 
-std::tuple<at::Tensor, at::Tensor> tree_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& subtree_end,
-                                                  int64_t query_start) {
+std::tuple<at::Tensor, at::Tensor> tree_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                  const at::Tensor& subtree_end, int64_t query_start) {
   const Shape s = check_inputs(q, k, v, subtree_end, query_start);
   const c10::cuda::CUDAGuard guard(q.device());
-  at::Tensor out = at::empty({s.queries, s.heads, s.head_dim}, q.options()), lse = at::empty({s.queries, s.heads}, q.options().dtype(at::kFloat));
+  at::Tensor out = at::empty({s.queries, s.heads, s.head_dim}, q.options()),
+             lse = at::empty({s.queries, s.heads}, q.options().dtype(at::kFloat));
   if (s.queries == 0) return {out, lse};
   const Held held(s, q, k, v, subtree_end);
   by_head_dim(s.head_dim, [&](auto dim) {
@@ -315,15 +330,18 @@ std::tuple<at::Tensor, at::Tensor> tree_attention(const at::Tensor& q, const at:
     const int bytes = shared_bytes<D>(3, 1, 1, kTile * (D + 4));
     allow_shared(forward_kernel<D>, bytes);
     const dim3 grid((s.queries + kTile - 1) / kTile, s.heads);
-    forward_kernel<D><<<grid, kThreads, bytes, c10::cuda::getCurrentCUDAStream()>>>(held.problem(s), out_data(out), lse.mutable_data_ptr<float>());
+    forward_kernel<D>
+        <<<grid, kThreads, bytes, c10::cuda::getCurrentCUDAStream()>>>(held.problem(s), out_data(out), lse.mutable_data_ptr<float>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {out, lse};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_attention_backward(const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse,
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse_in,
-    const at::Tensor& subtree_end, int64_t query_start) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_attention_backward(const at::Tensor& grad_out,
+                                                                       const std::optional<at::Tensor>& grad_lse, const at::Tensor& q,
+                                                                       const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
+                                                                       const at::Tensor& lse_in, const at::Tensor& subtree_end,
+                                                                       int64_t query_start) {
   const Shape s = check_inputs(q, k, v, subtree_end, query_start);
   check_backward(grad_out, q, out, lse_in, grad_lse);
   const c10::cuda::CUDAGuard guard(q.device());
@@ -348,7 +366,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_attention_backward(const at:
     allow_shared(dkv_kernel<D>, dkv_bytes);
     dq_kernel<D><<<dim3((s.queries + kTile - 1) / kTile, s.heads), kThreads, dq_bytes, stream>>>(held.problem(s), up, out_data(dq));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    dkv_kernel<D><<<dim3((s.keys + kTile - 1) / kTile, s.kv_heads), kThreads, dkv_bytes, stream>>>(held.problem(s), up, out_data(dk), out_data(dv));
+    dkv_kernel<D>
+        <<<dim3((s.keys + kTile - 1) / kTile, s.kv_heads), kThreads, dkv_bytes, stream>>>(held.problem(s), up, out_data(dk), out_data(dv));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {dq, dk, dv};

@@ -29,7 +29,7 @@ def grouped_mm_fp8_reference(x: Quantized, w: Quantized, ends_E: Tensor, transpo
                              ) -> Tensor:
     """What the codes stand for, multiplied group by group in ``dtype``."""
     rows, width = len(x.codes), w.codes.shape[1 if transposed else 2]
-    out = torch.zeros(rows, width, dtype=dtype)
+    out = torch.zeros(rows, width, dtype=dtype, device=x.codes.device)
     values = _values(x, (1, 128), dtype)
     for e, part in enumerate(group_slices(ends_E)):
         matrix = _values(Quantized(w.codes[e], w.scales[e]), (128, 128), dtype)
