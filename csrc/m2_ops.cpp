@@ -87,6 +87,8 @@ TORCH_LIBRARY(m2_ops, m) {
   m.def("quantize_rows(Tensor x) -> (Tensor codes, Tensor scales)");
   // -> codes [R, W], scales [ceil(R / 128), W]: for the gradient by the weight, which sums over rows.
   m.def("quantize_columns(Tensor x) -> (Tensor codes, Tensor scales)");
+  // w [E, B, A] in blocks of 128 x 128 -> codes, scales [E, ceil(B / 128), ceil(A / 128)].
+  m.def("quantize_weights(Tensor w) -> (Tensor codes, Tensor scales)");
   // quantize_rows of permute: x [T, W] -> codes [R, W], scales [R, ceil(W / 128)].
   m.def("permute_quantize(Tensor x, Tensor token) -> (Tensor codes, Tensor scales)");
   // quantize_rows of silu(gate) * up, hidden [R, 2 F] = gate | up.

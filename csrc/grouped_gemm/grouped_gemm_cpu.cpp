@@ -12,15 +12,16 @@
 namespace m2::grouped_gemm {
 namespace {
 
-constexpr int64_t kDepth = 256;  // rows of one product of the weight gradient, in multiples of kDepthStep
-constexpr int64_t kDepthStep = 64;
+constexpr int64_t kDepth = 512;  // rows of one product of the weight gradient, in multiples of kDepthStep
+constexpr int64_t kDepthStep = 32;
 constexpr int64_t kPackedBytes = 768 << 10;  // a packed block stays in a core's second-level cache
 
-// Columns of a tile for a packed block of `depth` rows.
+// Columns of a tile for a packed block of `depth` rows; all tiles of a width are about equal, so that little of the last is wasted.
 int64_t tile_columns(int64_t depth, int64_t width) {
   int64_t columns = 256;
   while (columns > 64 && columns * depth * static_cast<int64_t>(sizeof(bf16)) > kPackedBytes) columns /= 2;
-  return std::min(columns, round_up(width, 16));
+  const int64_t tiles = std::max<int64_t>(1, (width + columns - 1) / columns);
+  return round_up((width + tiles - 1) / tiles, 16);
 }
 
 // One thread's packed block, tile of sums, and rows of a group's ragged end.
@@ -97,7 +98,7 @@ std::tuple<at::Tensor, at::Tensor> grouped_swiglu(const at::Tensor& x_in, const 
   check_ends(ends, groups, rows);
   const at::Tensor x = x_in.contiguous(), gate_up = gate_up_in.contiguous();
   at::Tensor hidden = rows_like(x, rows, 2 * width, used_rows(ends)), act = rows_like(x, rows, width, used_rows(ends));
-  const int64_t half = round_up(tile_columns(depth, 2 * width) / 2, 16), columns = 2 * half;
+  const int64_t half = tile_columns(2 * depth, width), columns = 2 * half;  // of gate, of gate and up
   const std::vector<Task> tasks = tasks_of(ends.const_data_ptr<int32_t>(), groups, width, half);
   const bf16 *x_RA = x.const_data_ptr<bf16>(), *weights = gate_up.const_data_ptr<bf16>();
   bf16 *hidden_R2F = hidden.mutable_data_ptr<bf16>(), *act_RF = act.mutable_data_ptr<bf16>();

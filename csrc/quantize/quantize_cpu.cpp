@@ -18,21 +18,28 @@ void check(const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() == 2, "x: shape ", x.sizes(), ", need [rows, width]");
 }
 
-// One row, or part of it: codes and the factor of every 128 values.
+float larger(float a, float b) { return b > a || b != b ? b : a; }  // NaN wins
+
+// Greatest magnitude of n values.
+float largest(const at::BFloat16* x, int64_t n) {
+  Lanes top(0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) top = at::vec::maximum(top, load(x + i, std::min(kLanes, n - i)).abs());
+  float each[kLanes], result = 0;  // at::vec's maximum keeps NaN, a reduction by instructions may not
+  top.store(each);
+  for (const float value : each) result = larger(result, value);
+  return result;
+}
+
+void divide(const at::BFloat16* x, int64_t n, float scale, e4m3* codes) {
+  for (int64_t i = 0; i < n; i += kLanes) store(codes + i, load(x + i, std::min(kLanes, n - i)) / Lanes(scale), std::min(kLanes, n - i));
+}
+
+// One row: codes and the factor of every 128 values.
 void quantize_row(const at::BFloat16* x_W, int64_t width, e4m3* codes_W, float* scales_P) {
   for (int64_t block = 0; block < width; block += kScaleBlock) {
-    const int64_t end = std::min(block + kScaleBlock, width);
-    Lanes top(0.0f);
-    for (int64_t i = block; i < end; i += kLanes) top = at::vec::maximum(top, load(x_W + i, std::min(kLanes, end - i)).abs());
-    float each[kLanes], largest = 0;  // at::vec's maximum keeps NaN, a reduction by instructions may not
-    top.store(each);
-    for (const float value : each) largest = value > largest || value != value ? value : largest;
-    const float scale = scale_of(largest);
-    scales_P[block / kScaleBlock] = scale;
-    for (int64_t i = block; i < end; i += kLanes) {
-      const int64_t n = std::min(kLanes, end - i);
-      store(codes_W + i, load(x_W + i, n) / Lanes(scale), n);
-    }
+    const int64_t n = std::min(kScaleBlock, width - block);
+    scales_P[block / kScaleBlock] = scale_of(largest(x_W + block, n));
+    divide(x_W + block, n, scales_P[block / kScaleBlock], codes_W + block);
   }
 }
 
@@ -74,6 +81,32 @@ std::tuple<at::Tensor, at::Tensor> quantize_columns(const at::Tensor& x_in) {
         store(scales_QW + block * width + c, by, n);
         for (int64_t r = first; r < last; ++r) store(codes_RW + r * width + c, load(x_RW + r * width + c, n) / by, n);
       }
+    }
+  });
+  return {codes, scales};
+}
+
+// Matrices [E, B, A] in blocks of 128 x 128.
+std::tuple<at::Tensor, at::Tensor> quantize_weights(const at::Tensor& w_in) {
+  TORCH_CHECK_VALUE(w_in.scalar_type() == at::kBFloat16, "w: ", w_in.scalar_type(), ", need BFloat16");
+  TORCH_CHECK_VALUE(w_in.dim() == 3, "w: shape ", w_in.sizes(), ", need [matrices, rows, columns]");
+  const at::Tensor w = w_in.contiguous();
+  const int64_t matrices = w.size(0), rows = w.size(1), columns = w.size(2);
+  const int64_t row_blocks = (rows + kScaleBlock - 1) / kScaleBlock, column_blocks = (columns + kScaleBlock - 1) / kScaleBlock;
+  at::Tensor codes = at::empty(w.sizes(), w.options().dtype(at::kFloat8_e4m3fn));
+  at::Tensor scales = at::empty({matrices, row_blocks, column_blocks}, w.options().dtype(at::kFloat));
+  const at::BFloat16* from = w.const_data_ptr<at::BFloat16>();
+  e4m3* to = codes.mutable_data_ptr<e4m3>();
+  float* to_scales = scales.mutable_data_ptr<float>();
+  at::parallel_for(0, matrices * row_blocks * column_blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first_row = i / column_blocks % row_blocks * kScaleBlock, column = i % column_blocks * kScaleBlock;
+      const int64_t height = std::min(kScaleBlock, rows - first_row), width = std::min(kScaleBlock, columns - column);
+      const int64_t first = (i / (row_blocks * column_blocks) * rows + first_row) * columns + column;
+      float top = 0;
+      for (int64_t r = 0; r < height; ++r) top = larger(top, largest(from + first + r * columns, width));
+      to_scales[i] = scale_of(top);
+      for (int64_t r = 0; r < height; ++r) divide(from + first + r * columns, width, to_scales[i], to + first + r * columns);
     }
   });
   return {codes, scales};
@@ -138,6 +171,7 @@ std::tuple<at::Tensor, at::Tensor> swiglu_quantize(const at::Tensor& hidden_in) 
 TORCH_LIBRARY_IMPL(m2_ops, CPU, m) {
   m.impl("quantize_rows", &quantize_rows);
   m.impl("quantize_columns", &quantize_columns);
+  m.impl("quantize_weights", &quantize_weights);
   m.impl("permute_quantize", &permute_quantize);
   m.impl("swiglu_quantize", &swiglu_quantize);
 }

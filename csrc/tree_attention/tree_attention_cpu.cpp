@@ -11,7 +11,7 @@
 namespace m2::tree_attention {
 namespace {
 
-constexpr int64_t kRows = 128;  // of a query tile
+constexpr int64_t kRows = 256;  // of a query tile
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Keys as the right-hand side of Q K^T and values as that of P V, each tile packed once for all query tiles.

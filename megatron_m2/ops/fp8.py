@@ -142,6 +142,8 @@ def swiglu_quantize(hidden_R2F: Tensor) -> Quantized:
 
 def quantize_weights(w_EBA: Tensor) -> Quantized:
     """128x128 blocks of each of E matrices: codes [E, B, A], factors [E, ceil(B / 128), ceil(A / 128)]."""
+    if _kernel_takes(w_EBA):
+        return Quantized(*torch.ops.m2_ops.quantize_weights(w_EBA))
     parts = [quantize_blocks(w) for w in w_EBA]
     return Quantized(torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts]))
 
@@ -153,6 +155,8 @@ if _extension.available():
 
     torch.library.register_fake("m2_ops::quantize_rows", lambda x: _codes(x, len(x), x.shape[1], (len(x), (x.shape[1] + 127) // 128)))
     torch.library.register_fake("m2_ops::quantize_columns", lambda x: _codes(x, len(x), x.shape[1], ((len(x) + 127) // 128, x.shape[1])))
+    torch.library.register_fake("m2_ops::quantize_weights", lambda w: (torch.empty_like(w, dtype=E4M3), w.new_empty(
+        (len(w), (w.shape[1] + 127) // 128, (w.shape[2] + 127) // 128), dtype=torch.float32)))
     torch.library.register_fake("m2_ops::permute_quantize", lambda x, token: _codes(
         x, len(token), x.shape[1], (len(token), (x.shape[1] + 127) // 128)))
     torch.library.register_fake("m2_ops::swiglu_quantize", lambda hidden: _codes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 from megatron_m2.ops import _extension
 
 # Shape suffixes: R rows grouped by expert, E experts (groups), A and B widths of a product's input and output, H hidden, F expert width.
+
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def group_slices(ends_E: Tensor) -> Iterator[slice]:
@@ -29,20 +32,37 @@ def grouped_mm_reference(x_RA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
     return torch.cat([*parts, rest])
 
 
-def grouped_swiglu_reference(x_RH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, ends_E: Tensor) -> Tensor:
-    gate, up = grouped_mm_reference(x_RH, gate_up_E2FH, ends_E).chunk(2, dim=-1)
-    return grouped_mm_reference(F.silu(gate) * up, down_EHF, ends_E)
+def grouped_mm_by_torch(x_RA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
+    """:func:`grouped_mm` by torch's own kernel: bf16, A and B multiples of 8."""
+    beyond = (torch.arange(len(x_RA), device=x_RA.device) >= ends_E[-1])[:, None]
+    # torch leaves rows beyond the last group as it found them, in the output and in the gradient of its input
+    out: Tensor = F.grouped_mm(x_RA.masked_fill(beyond, 0.0), w_EBA.mT, offs=ends_E)
+    return out.masked_fill(beyond, 0.0)
+
+
+def grouped_swiglu_reference(x_RH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, ends_E: Tensor, product: Product = grouped_mm_reference
+                             ) -> Tensor:
+    """:func:`grouped_swiglu` from two grouped products."""
+    gate, up = product(x_RH, gate_up_E2FH, ends_E).chunk(2, dim=-1)
+    return product(F.silu(gate) * up, down_EHF, ends_E)
 
 
 def _kernel_takes(x: Tensor, *widths: int) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _extension.available() and not any(w % 2 for w in widths)
 
 
+def _product_of(x: Tensor, *widths: int) -> Product:
+    """Where our kernel does not run: torch's, which needs a GPU to be fast, or the reference."""
+    by_torch = x.dtype == torch.bfloat16 and x.device.type == "cuda" and not any(w % 8 for w in widths)
+    return grouped_mm_by_torch if by_torch else grouped_mm_reference
+
+
 def grouped_mm(x_RA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
     """Rows of group e times ``w[e].T``; rows beyond the last group give 0. Differentiable; a group without rows gets a zero gradient.
 
     Args:
-        x_RA: [R, A]; w_EBA: [E, B, A]; bf16 with even A and B (kernel: fp32 sums), or any float dtype (reference).
+        x_RA: [R, A]; w_EBA: [E, B, A]; bf16 with even A and B on a CPU (kernel: fp32 sums), bf16 with A and B multiples of 8 on a GPU
+            (torch's kernel), or any float dtype (reference).
         ends_E: int32 [E], one past each group's last row, not descending, at most R.
 
     Returns:
@@ -56,15 +76,15 @@ def grouped_mm(x_RA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
         raise ValueError(f"w: {w_EBA.dtype} {list(w_EBA.shape)} does not fit x {x_RA.dtype} {list(x_RA.shape)}")
     if _kernel_takes(x_RA, *w_EBA.shape[1:]):
         return torch.ops.m2_ops.grouped_mm(x_RA, w_EBA, ends_E, True)
-    return grouped_mm_reference(x_RA, w_EBA, ends_E)
+    return _product_of(x_RA, *w_EBA.shape[1:])(x_RA, w_EBA, ends_E)
 
 
 def grouped_swiglu(x_RH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, ends_E: Tensor) -> Tensor:
     """``down_e (silu(gate_e x) * up_e x)`` for the rows of each group e, SwiGLU and its gradient fused into the products before them.
 
     Args:
-        x_RH: [R, H]; gate_up_E2FH: [E, 2 F, H], gate rows first; down_EHF: [E, H, F]; one dtype. bf16 with even H and F: kernel; gate, up
-            and their product are rounded to bf16 between the two products. Else the reference.
+        x_RH: [R, H]; gate_up_E2FH: [E, 2 F, H], gate rows first; down_EHF: [E, H, F]; one dtype. bf16 with even H and F on a CPU:
+            kernel; gate, up and their product are rounded to bf16 between the two products. Else from :func:`grouped_mm`.
         ends_E: int32 [E], as in :func:`grouped_mm`.
 
     Returns:
@@ -77,7 +97,8 @@ def grouped_swiglu(x_RH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, ends_E:
     check_expert_weights(x_RH, gate_up_E2FH, down_EHF)
     if _kernel_takes(x_RH, *down_EHF.shape[1:]):
         return _GroupedSwiGLU.apply(x_RH, gate_up_E2FH, down_EHF, ends_E)
-    return grouped_swiglu_reference(x_RH, gate_up_E2FH, down_EHF, ends_E)
+    product = _product_of(x_RH, *down_EHF.shape[1:])
+    return grouped_swiglu_reference(x_RH, gate_up_E2FH, down_EHF, ends_E, product)
 
 
 def check_expert_weights(x: Tensor, gate_up: Tensor, down: Tensor) -> None:

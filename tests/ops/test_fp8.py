@@ -51,6 +51,8 @@ def test_codes_equal_torch_conversion(rows, width, seed):
     x[: rows // 2, : width // 2] = 0
     assert same(quantize_rows(x), quantize_reference(x, (1, 128)))
     assert same(quantize_columns(x), quantize_reference(x, (128, 1)))
+    for mine, matrix in zip(zip(*quantize_weights(torch.stack([x, -x])), strict=True), (x, -x), strict=True):
+        assert same(Quantized(*mine), quantize_reference(matrix, (128, 128)))
 
 
 @needs_kernels
@@ -134,6 +136,7 @@ def test_ops_pass_opcheck():
     ends = torch.tensor([128], dtype=torch.int32)
     layout = permute_layout(torch.zeros(128, 1, dtype=torch.int32), 1)
     for op, arguments in ((ops.quantize_rows, (x,)), (ops.quantize_columns, (x,)), (ops.swiglu_quantize, (x,)),
+                          (ops.quantize_weights, (x[None],)),
                           (ops.permute_quantize, (x, layout.token)),
                           (ops.grouped_mm_fp8, (*quantize_rows(x), *quantize_weights(torch.randn(1, 6, 20).bfloat16()), ends, True)),
                           (ops.grouped_wgrad_fp8, (*quantize_columns(x), *quantize_columns(x), ends))):

@@ -8,7 +8,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_m2.ops import _extension
-from megatron_m2.ops.grouped_gemm import grouped_mm, grouped_mm_reference, grouped_swiglu, grouped_swiglu_reference
+from megatron_m2.ops.grouped_gemm import (
+    grouped_mm,
+    grouped_mm_by_torch,
+    grouped_mm_reference,
+    grouped_swiglu,
+    grouped_swiglu_reference,
+)
 
 needs_kernels = pytest.mark.skipif(not _extension.available(), reason="megatron_m2._C is not built (no C++ compiler)")
 
@@ -61,6 +67,14 @@ def run_of_magnitudes(ends, x, w):
     g = torch.Generator().manual_seed(2)
     out.backward(torch.randn(out.shape, generator=g).bfloat16().double().abs())
     return [out.detach(), *(t.grad for t in leaves)]
+
+
+@pytest.mark.parametrize("sizes", [[5, 0, 20], [0, 3], [64]])
+def test_torchs_kernel_means_the_same(sizes):
+    ends, x, w = inputs(0, sizes, 4, torch.bfloat16, ("R", 16), ("E", 24, 16))
+    expected = run(grouped_mm_reference, ends, x.double(), w.double())
+    for mine, reference, terms in zip(run(grouped_mm_by_torch, ends, x, w), expected, run_of_magnitudes(ends, x, w), strict=True):
+        assert bool(((mine.double() - reference).abs() <= PRODUCT[torch.bfloat16] * terms).all())
 
 
 @pytest.mark.parametrize("dtype", list(SWIGLU))

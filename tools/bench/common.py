@@ -50,8 +50,10 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def _cpu_seconds(work: Callable[[], None], calls: int = 3) -> float:
+def _cpu_seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
     work()  # meets the caches and the heap that the other work left
+    calls = 3 if time.perf_counter() - start < 0.5 else 1
     start = time.perf_counter()
     for _ in range(calls):
         work()
