@@ -15,10 +15,14 @@ from hypothesis import settings
 
 from megatron_m2.forest import TokenForest, merge_samples
 from megatron_m2.model.config import ModelConfig
+from megatron_m2.ops import _extension
 
 # Examples are drawn the same way every time, and a slow shared machine is no failure.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("repeatable")
+
+
+needs_kernels = pytest.mark.skipif(not _extension.available(), reason="megatron_m2._C is not built (no C++ compiler)")
 
 
 def tiny_config(**changes) -> ModelConfig:

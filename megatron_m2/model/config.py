@@ -30,7 +30,7 @@ class ModelConfig:
     num_mtp_modules: int = 0
     router_aux_loss_coef: float = 0.0
     initializer_range: float = 0.02
-    fp32_head: bool = False
+    fp32_head: bool = False  # the head in fp32 throughout; without it logits of generation are rounded to the weights' dtype
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -7,7 +7,6 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_m2.ops import _extension
 from megatron_m2.ops.fp8 import (
     E4M3,
     Quantized,
@@ -29,8 +28,7 @@ from megatron_m2.ops.grouped_gemm_fp8 import (
     grouped_wgrad_fp8_reference,
 )
 from megatron_m2.ops.permute import permute, permute_layout
-
-needs_kernels = pytest.mark.skipif(not _extension.available(), reason="megatron_m2._C is not built (no C++ compiler)")
+from tests.conftest import needs_kernels
 
 
 def same(a: Quantized, b: Quantized) -> bool:

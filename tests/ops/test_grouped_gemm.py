@@ -7,7 +7,6 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_m2.ops import _extension
 from megatron_m2.ops.grouped_gemm import (
     grouped_mm,
     grouped_mm_by_torch,
@@ -15,8 +14,7 @@ from megatron_m2.ops.grouped_gemm import (
     grouped_swiglu,
     grouped_swiglu_reference,
 )
-
-needs_kernels = pytest.mark.skipif(not _extension.available(), reason="megatron_m2._C is not built (no C++ compiler)")
+from tests.conftest import needs_kernels
 
 # Of the sum of the magnitudes of the terms. A product: fp32 sums, rounded once. SwiGLU: gate, up, their product, each gradient and the
 # result are rounded by 2^-8; a sum of rounded terms errs by 2^-8 of their magnitudes at most.

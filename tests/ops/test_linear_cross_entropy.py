@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_m2.ops import _extension, linear_cross_entropy
+from megatron_m2.ops import linear_cross_entropy
 from megatron_m2.ops.linear_cross_entropy import (
     SoftmaxParts,
     combine_parts,
@@ -20,9 +20,7 @@ from megatron_m2.ops.linear_cross_entropy import (
     softmax_parts,
     softmax_parts_reference,
 )
-from tests.conftest import relative_error
-
-needs_kernels = pytest.mark.skipif(not _extension.available(), reason="megatron_m2._C is not built (no C++ compiler)")
+from tests.conftest import needs_kernels, relative_error
 
 # Values: fp32 sums of a few hundred terms of order 1 and, in the kernel, an exponential good to 20 ulp. Its operands are bf16 in both.
 # Without the kernel (odd widths) bf16 logits up to about 40 are rounded to 2^-8 of themselves.

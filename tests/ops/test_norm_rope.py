@@ -8,11 +8,8 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_m2.ops import _extension
 from megatron_m2.ops.norm_rope import norm_rope, norm_rope_reference, rms_norm, rotary_angles, row_sum_squares
-from tests.conftest import relative_error
-
-needs_kernels = pytest.mark.skipif(not _extension.available(), reason="megatron_m2._C is not built (no C++ compiler)")
+from tests.conftest import needs_kernels, relative_error
 
 # fp32: rounding of sums of a few hundred terms. bf16: cast, weight, product and sum each round by 2^-8; gradients are computed in fp32
 # and rounded once, of operands that are bf16 in both.

@@ -7,10 +7,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_m2.ops import _extension
 from megatron_m2.ops.permute import permute, permute_layout, permute_layout_reference, unpermute
-
-needs_kernels = pytest.mark.skipif(not _extension.available(), reason="megatron_m2._C is not built (no C++ compiler)")
+from tests.conftest import needs_kernels
 
 # One rounding of sums of up to 4 terms; d_weights are fp32 sums over the width. Gradients of order 1 to 10.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8}

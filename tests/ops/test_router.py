@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_m2.ops import _extension
 from megatron_m2.ops.router import RouterOutput, router_reference, sigmoid_router, update_router_bias
-from tests.conftest import relative_error
-
-needs_kernels = pytest.mark.skipif(not _extension.available(), reason="megatron_m2._C is not built (no C++ compiler)")
+from tests.conftest import needs_kernels, relative_error
 
 
 def inputs(seed: int, tokens: int, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,11 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_m2.forest import TokenForest
-from megatron_m2.ops import _extension
 from megatron_m2.ops.tree_attention import AttentionOutput, tree_attention, tree_attention_reference, tree_attention_with_lse, visibility
-from tests.conftest import random_forest
-
-needs_kernels = pytest.mark.skipif(not _extension.available(), reason="megatron_m2._C is not built (no C++ compiler)")
+from tests.conftest import needs_kernels, random_forest
 
 # fp32: sums of up to a few hundred terms; fp64: the order of summation only.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6}
