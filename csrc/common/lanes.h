@@ -13,6 +13,8 @@ namespace m2 {
 using Lanes = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Lanes::size();
 
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // n values, at most kLanes; lanes beyond n are 0.
 inline Lanes load(const float* from, int64_t n = kLanes) { return n == kLanes ? Lanes::loadu(from) : Lanes::loadu(from, n); }
 inline void store(float* to, Lanes x, int64_t n = kLanes) { x.store(to, static_cast<int>(n)); }

@@ -16,8 +16,6 @@ constexpr int64_t kRows = 64;  // of a tile; the last tile of a group has a mult
 constexpr int64_t kRowStep = 16;
 constexpr int64_t kRowsPerTask = 1024;  // that share one packing
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 struct Task {
   int64_t group, column, begin, end;  // rows [begin, end) of the group, output columns from `column`
 };

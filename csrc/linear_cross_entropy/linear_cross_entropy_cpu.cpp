@@ -48,7 +48,7 @@ Operands operands(const at::Tensor& hidden_in, const at::Tensor& weight_in, cons
   check(hidden_in, weight_in, targets_in, sources_in);
   Operands o;
   o.count = targets_in.size(0), o.hidden = hidden_in.size(1), o.vocab = weight_in.size(0);
-  o.padded = blocks_of(o.count, kRows) * kRows, o.columns = tile_columns(o.hidden);
+  o.padded = round_up(o.count, kRows), o.columns = tile_columns(o.hidden);
   o.weight = weight_in.contiguous(), o.targets = targets_in.contiguous();
   const at::Tensor hidden = hidden_in.contiguous();
   if (!sources_in && o.padded == o.count) {

@@ -19,8 +19,6 @@ namespace m2::tree_attention {
 constexpr int64_t kKeys = 128;
 constexpr float kLog2e = 1.4426950408889634f;
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 class Plan {
  public:
   Plan(const Shape& s, const int32_t* subtree_end_T, int64_t rows_per_tile)
