@@ -101,7 +101,7 @@ def test_kernel_on_random_forests(tokens, forks, heads, dim, seed):
 
 @needs_kernels
 @pytest.mark.parametrize("ends", [
-    torch.full((1000,), 1000, dtype=torch.int32), star(300, 9, 77), star(1, 2000, 1), random_tree(5, 3000, 0.01),
+    torch.full((1000,), 1000, dtype=torch.int32), star(300, 9, 77), star(1, 2000, 1), random_tree(5, 4000, 0.01),
     torch.arange(1, 500, dtype=torch.int32),  # every token a tree of its own
 ], ids=["chain", "star", "fan", "tree", "single tokens"])
 def test_kernel_on_large_forests(ends):
