@@ -14,7 +14,7 @@ inline void check_dim(const char* name, const at::Tensor& x, int64_t dim) {
 }
 
 inline void check_even(const char* name, int64_t width) {
-  TORCH_CHECK_VALUE(width % 2 == 0, name, ": width ", width, ", need an even one");
+  TORCH_CHECK_VALUE(width > 0 && width % 2 == 0, name, ": width ", width, ", need an even one from 2 on");
 }
 
 // ends int32 [E], not descending, the last at most the number of rows.

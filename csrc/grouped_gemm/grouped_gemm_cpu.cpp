@@ -202,6 +202,7 @@ at::Tensor grouped_wgrad(const at::Tensor& dy_in, const at::Tensor& x_in, const 
   check_ends(ends, groups, rows);
   const at::Tensor dy = dy_in.contiguous(), x = x_in.contiguous();
   at::Tensor out = at::empty({groups, out_width, in_width}, dy.options());
+  if (out.numel() == 0) return out;
   const int32_t* end = ends.const_data_ptr<int32_t>();
   const Slabs slabs(dy.const_data_ptr<bf16>(), end, groups, out_width, dy.options());
   const bf16 *x_RA = x.const_data_ptr<bf16>(), *slab_data = slabs.data.const_data_ptr<bf16>();

@@ -60,7 +60,7 @@ def quantize_blocks(weight_OI: Tensor, block: tuple[int, int] = BLOCK) -> tuple[
     blocks = scale_shape(tuple(wide.shape), block)
     padded = F.pad(wide, (0, blocks[1] * block[1] - wide.shape[1], 0, blocks[0] * block[0] - wide.shape[0]))
     largest_PQ = padded.abs().view(blocks[0], block[0], blocks[1], block[1]).amax((1, 3))
-    scale_PQ = torch.where(largest_PQ > 0, largest_PQ / _E4M3_MAX, 1.0)
+    scale_PQ = torch.where(largest_PQ == 0, 1.0, largest_PQ / _E4M3_MAX)  # NaN stays NaN
     return (wide / _spread(scale_PQ, wide.shape, block)).to(E4M3), scale_PQ
 
 

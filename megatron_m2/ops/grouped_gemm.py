@@ -48,7 +48,7 @@ def grouped_swiglu_reference(x_RH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tenso
 
 
 def _kernel_takes(x: Tensor, *widths: int) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _extension.available() and not any(w % 2 for w in widths)
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _extension.available() and all(w and w % 2 == 0 for w in widths)
 
 
 def _product_of(x: Tensor, *widths: int) -> Product:
@@ -103,6 +103,8 @@ def grouped_swiglu(x_RH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, ends_E:
 
 def check_expert_weights(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
     """Raises ValueError where the experts' weights do not fit x [.., H] or each other."""
+    if x.dim() != 2:
+        raise ValueError(f"x: {x.dtype} {list(x.shape)}, need two dimensions")
     if gate_up.dim() != 3 or gate_up.shape[2] != x.shape[1] or gate_up.shape[1] % 2 or gate_up.dtype != x.dtype:
         raise ValueError(f"gate_up: {gate_up.dtype} {list(gate_up.shape)} does not fit x {x.dtype} {list(x.shape)}")
     need = [gate_up.shape[0], gate_up.shape[2], gate_up.shape[1] // 2]

@@ -44,6 +44,8 @@ def test_equals_the_definition_in_fp64(dtype, tokens, experts, k, seed):
 def test_arguments_that_do_not_fit_are_named():
     x = torch.randn(4, 6)
     gate_up, down, w, e = torch.randn(3, 10, 6), torch.randn(3, 6, 5), torch.rand(4, 2), torch.zeros(4, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"x: torch\.float32 \[6\]"):
+        swiglu_experts(x[0], gate_up, down, w, e)
     with pytest.raises(ValueError, match="gate_up"):
         swiglu_experts(x[:, :5], gate_up, down, w, e)
     with pytest.raises(ValueError, match="down"):

@@ -105,6 +105,38 @@ def test_deterministic_whatever_the_threads():
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+@pytest.mark.parametrize(("a", "b", "groups"), [(0, 4, 2), (4, 0, 2), (4, 4, 0)])
+def test_widths_and_groups_of_nothing(a, b, groups):
+    ends, x, w = inputs(0, [3] * groups, 2, torch.bfloat16, ("R", a), ("E", b, a))
+    x, w = x.requires_grad_(), w.requires_grad_()
+    out = grouped_mm(x, w, ends)
+    assert out.shape == (len(x), b)
+    assert not out.any()
+    if groups:
+        dx, dw = torch.autograd.grad(out.sum(), (x, w))
+        assert dx.shape == x.shape
+        assert dw.shape == w.shape
+        assert not dx.any()
+
+
+def test_nan_stays_in_its_group():
+    """What a tile or a packed block keeps of the group before must not reach the next one's sums."""
+    sizes = [37, 0, 70, 5, 129]
+    ends, x, gate_up, down = inputs(0, sizes, 9, torch.bfloat16, ("R", 34), ("E", 52, 34), ("E", 34, 26))
+    clean = run(grouped_swiglu, ends, x, gate_up, down)
+    for group in (0, 2, 3, 4):
+        rows, others = slice(int(ends[group]) - sizes[group], int(ends[group])), torch.arange(5) != group
+        bad = x.clone()
+        bad[rows] = bad[sum(sizes) :] = float("nan")
+        out, dx, d_gate_up, d_down = run(grouped_swiglu, ends, bad, gate_up, down)
+        assert out[rows].isnan().all()
+        assert not out[sum(sizes) :].any()
+        for mine, before in ((out, clean[0]), (dx, clean[1])):
+            assert all(torch.equal(mine[s], before[s]) for s in (slice(0, rows.start), slice(rows.stop, sum(sizes))))
+        assert torch.equal(d_gate_up[others], clean[2][others])
+        assert torch.equal(d_down[others], clean[3][others])
+
+
 @needs_kernels
 def test_ops_pass_opcheck():
     ends, x, gate_up, down = inputs(0, [5, 0, 20], 2, torch.bfloat16, ("R", 8), ("E", 12, 8), ("E", 8, 6))
@@ -142,6 +174,9 @@ def test_kernels_check_for_themselves():
     ops = torch.ops.m2_ops
     with pytest.raises(ValueError, match="x: Float"):
         ops.grouped_mm(x.float(), gate_up, ends, True)
+    with pytest.raises(ValueError, match="x: width 0"):
+        ops.grouped_mm(x[:, :0], gate_up[..., :0], ends, True)
+    assert ops.grouped_wgrad(x, x[:, :0], ends).shape == (2, 8, 0)
     with pytest.raises(ValueError, match="x: width 7"):
         ops.grouped_mm(x[:, :7], gate_up, ends, True)
     with pytest.raises(ValueError, match="w: shape"):
