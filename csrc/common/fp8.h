@@ -1,18 +1,13 @@
-// e4m3 (4 exponent bits, 3 of mantissa, no infinity, largest 448) to and from the wider floats. Its values are exact in bf16.
+// e4m3 to and from the wider floats, 16 or 32 at a time. Its values are exact in bf16.
 #pragma once
 
+#include "e4m3.h"
 #include "lanes.h"
-
-#include <c10/util/Float8_e4m3fn.h>
 
 #include <array>
 #include <cmath>
 
 namespace m2 {
-
-using e4m3 = c10::Float8_e4m3fn;
-constexpr float kE4m3Max = 448.0f;
-constexpr int64_t kScaleBlock = 128;  // values that share a factor
 
 // The factor that maps the largest magnitude to 448; values are divided by it. Zeros have factor 1.
 inline float scale_of(float largest) { return largest > 0 || largest != largest ? largest / kE4m3Max : 1.0f; }

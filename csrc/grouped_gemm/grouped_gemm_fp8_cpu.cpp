@@ -8,20 +8,12 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "grouped_gemm.h"
+#include "grouped_gemm_fp8.h"
 
 namespace m2::grouped_gemm {
 namespace {
 
 constexpr int64_t kColumns = kScaleBlock;  // of a tile: one factor of the weight per block of terms
-
-int64_t blocks_of(int64_t n) { return (n + kScaleBlock - 1) / kScaleBlock; }
-
-void check_codes(const char* name, const at::Tensor& codes, const char* scale_name, const at::Tensor& scales,
-                 c10::IntArrayRef scale_shape) {
-  TORCH_CHECK_VALUE(codes.scalar_type() == at::kFloat8_e4m3fn, name, ": ", codes.scalar_type(), ", need Float8_e4m3fn");
-  check_tensor(scale_name, scales, at::kFloat, scale_shape, codes.device());
-}
 
 struct Scratch {
   std::vector<bf16> packed, wide, rows;
@@ -43,14 +35,7 @@ inline void promote(const float* product, float row_scale, float column_scale, b
 
 at::Tensor grouped_mm_fp8(const at::Tensor& x_in, const at::Tensor& x_scale_in, const at::Tensor& w_in, const at::Tensor& w_scale_in,
                           const at::Tensor& ends, bool transposed) {
-  check_dim("x", x_in, 2);
-  check_dim("w", w_in, 3);
-  const int64_t groups = w_in.size(0), rows = x_in.size(0), depth = x_in.size(1), width = w_in.size(transposed ? 1 : 2);
-  TORCH_CHECK_VALUE(w_in.size(transposed ? 2 : 1) == depth, "w: shape ", w_in.sizes(), " does not fit x ", x_in.sizes());
-  check_even("x", depth);
-  check_codes("x", x_in, "x_scale", x_scale_in, {rows, blocks_of(depth)});
-  check_codes("w", w_in, "w_scale", w_scale_in, {groups, blocks_of(w_in.size(1)), blocks_of(w_in.size(2))});
-  check_ends(ends, groups, rows);
+  const auto [groups, rows, depth, width] = check_product(x_in, x_scale_in, w_in, w_scale_in, ends, transposed);
   const at::Tensor x = x_in.contiguous(), x_scale = x_scale_in.contiguous(), w = w_in.contiguous(), w_scale = w_scale_in.contiguous();
   at::Tensor out = at::empty({rows, width}, x.options().dtype(at::kBFloat16));
   bf16* out_RB = out.mutable_data_ptr<bf16>();
@@ -96,13 +81,7 @@ at::Tensor grouped_mm_fp8(const at::Tensor& x_in, const at::Tensor& x_scale_in, 
 // dy^T x of each group; factors per column and 128 rows, so every group begins and ends on a multiple of 128.
 at::Tensor grouped_wgrad_fp8(const at::Tensor& dy_in, const at::Tensor& dy_scale_in, const at::Tensor& x_in, const at::Tensor& x_scale_in,
                              const at::Tensor& ends) {
-  check_dim("dy", dy_in, 2);
-  check_dim("x", x_in, 2);
-  const int64_t groups = ends.numel(), rows = dy_in.size(0), out_width = dy_in.size(1), in_width = x_in.size(1);
-  TORCH_CHECK_VALUE(x_in.size(0) == rows, "x: shape ", x_in.sizes(), ", need ", rows, " rows as dy");
-  check_codes("dy", dy_in, "dy_scale", dy_scale_in, {blocks_of(rows), out_width});
-  check_codes("x", x_in, "x_scale", x_scale_in, {blocks_of(rows), in_width});
-  check_ends(ends, groups, rows);
+  const auto [groups, rows, out_width, in_width] = check_wgrad(dy_in, dy_scale_in, x_in, x_scale_in, ends);
   const int32_t* end = ends.const_data_ptr<int32_t>();
   for (int64_t e = 0; e < groups; ++e)
     TORCH_CHECK_VALUE(end[e] % kScaleBlock == 0, "ends[", e, "]: ", end[e], ", need a multiple of ", kScaleBlock);

@@ -17,4 +17,13 @@ inline void check(const at::Tensor& hidden, const at::Tensor& weight, const at::
   if (sources) check_tensor("sources", *sources, at::kLong, targets.sizes(), hidden.device());
 }
 
+inline void check_gradients(const at::Tensor& grad_target, const at::Tensor& grad_lse, const at::Tensor& grad_mean, const at::Tensor& lse,
+                            const at::Tensor& mean, int64_t count, c10::Device device) {
+  check_tensor("grad_target", grad_target, at::kFloat, {count}, device);
+  check_tensor("grad_lse", grad_lse, at::kFloat, {count}, device);
+  check_tensor("lse", lse, at::kFloat, {count}, device);
+  check_tensor("mean", mean, at::kFloat, {mean.numel() ? count : 0}, device);
+  check_tensor("grad_mean", grad_mean, at::kFloat, mean.sizes(), device);
+}
+
 }  // namespace m2::linear_cross_entropy

@@ -226,11 +226,7 @@ std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_backward(const at::Tenso
                                                                  const at::Tensor& mean_in, int64_t vocab_start) {
   const Operands o = operands(hidden, weight, targets, sources);
   const bool with_mean = mean_in.numel() > 0;
-  check_tensor("grad_target", grad_target, at::kFloat, {o.count}, hidden.device());
-  check_tensor("grad_lse", grad_lse, at::kFloat, {o.count}, hidden.device());
-  check_tensor("lse", lse_in, at::kFloat, {o.count}, hidden.device());
-  check_tensor("mean", mean_in, at::kFloat, {with_mean ? o.count : 0}, hidden.device());
-  check_tensor("grad_mean", grad_mean, at::kFloat, mean_in.sizes(), hidden.device());
+  check_gradients(grad_target, grad_lse, grad_mean, lse_in, mean_in, o.count, hidden.device());
   if (o.count == 0) return {at::zeros_like(hidden), at::zeros_like(weight)};
   std::vector<RowGradients> gradients_N(o.count);
   {

@@ -1,6 +1,7 @@
 // Blockwise e4m3 on the CPU: factors per row and 128 columns, or per column and 128 rows.
 // Shape suffixes: R rows, W width, P blocks of 128 columns, Q blocks of 128 rows.
 #include "../common/fp8.h"
+#include "quantize.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -12,11 +13,6 @@ namespace m2::quantize {
 namespace {
 
 constexpr int64_t kGrain = 16;
-
-void check(const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kBFloat16, "x: ", x.scalar_type(), ", need BFloat16");
-  TORCH_CHECK_VALUE(x.dim() == 2, "x: shape ", x.sizes(), ", need [rows, width]");
-}
 
 float larger(float a, float b) { return b > a || b != b ? b : a; }  // NaN wins
 
@@ -44,9 +40,9 @@ void quantize_row(const at::BFloat16* x_W, int64_t width, e4m3* codes_W, float* 
 }
 
 std::tuple<at::Tensor, at::Tensor> quantize_rows(const at::Tensor& x_in) {
-  check(x_in);
+  check("x", x_in, 2);
   const at::Tensor x = x_in.contiguous();
-  const int64_t rows = x.size(0), width = x.size(1), blocks = (width + kScaleBlock - 1) / kScaleBlock;
+  const int64_t rows = x.size(0), width = x.size(1), blocks = blocks_of(width);
   at::Tensor codes = at::empty({rows, width}, x.options().dtype(at::kFloat8_e4m3fn));
   at::Tensor scales = at::empty({rows, blocks}, x.options().dtype(at::kFloat));
   const at::BFloat16* x_RW = x.const_data_ptr<at::BFloat16>();
@@ -59,9 +55,9 @@ std::tuple<at::Tensor, at::Tensor> quantize_rows(const at::Tensor& x_in) {
 }
 
 std::tuple<at::Tensor, at::Tensor> quantize_columns(const at::Tensor& x_in) {
-  check(x_in);
+  check("x", x_in, 2);
   const at::Tensor x = x_in.contiguous();
-  const int64_t rows = x.size(0), width = x.size(1), blocks = (rows + kScaleBlock - 1) / kScaleBlock;
+  const int64_t rows = x.size(0), width = x.size(1), blocks = blocks_of(rows);
   at::Tensor codes = at::empty({rows, width}, x.options().dtype(at::kFloat8_e4m3fn));
   at::Tensor scales = at::empty({blocks, width}, x.options().dtype(at::kFloat));
   const at::BFloat16* x_RW = x.const_data_ptr<at::BFloat16>();
@@ -88,11 +84,10 @@ std::tuple<at::Tensor, at::Tensor> quantize_columns(const at::Tensor& x_in) {
 
 // Matrices [E, B, A] in blocks of 128 x 128.
 std::tuple<at::Tensor, at::Tensor> quantize_weights(const at::Tensor& w_in) {
-  TORCH_CHECK_VALUE(w_in.scalar_type() == at::kBFloat16, "w: ", w_in.scalar_type(), ", need BFloat16");
-  TORCH_CHECK_VALUE(w_in.dim() == 3, "w: shape ", w_in.sizes(), ", need [matrices, rows, columns]");
+  check("w", w_in, 3);
   const at::Tensor w = w_in.contiguous();
   const int64_t matrices = w.size(0), rows = w.size(1), columns = w.size(2);
-  const int64_t row_blocks = (rows + kScaleBlock - 1) / kScaleBlock, column_blocks = (columns + kScaleBlock - 1) / kScaleBlock;
+  const int64_t row_blocks = blocks_of(rows), column_blocks = blocks_of(columns);
   at::Tensor codes = at::empty(w.sizes(), w.options().dtype(at::kFloat8_e4m3fn));
   at::Tensor scales = at::empty({matrices, row_blocks, column_blocks}, w.options().dtype(at::kFloat));
   const at::BFloat16* from = w.const_data_ptr<at::BFloat16>();
@@ -114,9 +109,8 @@ std::tuple<at::Tensor, at::Tensor> quantize_weights(const at::Tensor& w_in) {
 
 // Each token is quantised once and copied to its rows; rows of padding are 0 with factor 1.
 std::tuple<at::Tensor, at::Tensor> permute_quantize(const at::Tensor& x, const at::Tensor& token_in) {
+  check_token(token_in, x);
   const auto [codes, scales] = quantize_rows(x);
-  TORCH_CHECK_VALUE(token_in.scalar_type() == at::kInt && token_in.dim() == 1, "token: ", token_in.scalar_type(), " ", token_in.sizes(),
-                    ", need Int [rows]");
   const at::Tensor token = token_in.contiguous();
   const int64_t rows = token.size(0), tokens = codes.size(0), width = codes.size(1), blocks = scales.size(1);
   at::Tensor out = at::empty({rows, width}, codes.options()), out_scales = at::empty({rows, blocks}, scales.options());
@@ -142,10 +136,9 @@ std::tuple<at::Tensor, at::Tensor> permute_quantize(const at::Tensor& x, const a
 
 // silu(gate) * up of hidden = gate | up, quantised as it is made.
 std::tuple<at::Tensor, at::Tensor> swiglu_quantize(const at::Tensor& hidden_in) {
-  check(hidden_in);
-  TORCH_CHECK_VALUE(hidden_in.size(1) % 2 == 0, "x: width ", hidden_in.size(1), ", need an even one");
+  check_hidden(hidden_in);
   const at::Tensor hidden = hidden_in.contiguous();
-  const int64_t rows = hidden.size(0), width = hidden.size(1) / 2, blocks = (width + kScaleBlock - 1) / kScaleBlock;
+  const int64_t rows = hidden.size(0), width = hidden.size(1) / 2, blocks = blocks_of(width);
   at::Tensor codes = at::empty({rows, width}, hidden.options().dtype(at::kFloat8_e4m3fn));
   at::Tensor scales = at::empty({rows, blocks}, hidden.options().dtype(at::kFloat));
   const at::BFloat16* hidden_R2W = hidden.const_data_ptr<at::BFloat16>();

@@ -31,6 +31,7 @@ class ModelConfig:
     router_aux_loss_coef: float = 0.0
     initializer_range: float = 0.02
     fp32_head: bool = False  # the head in fp32 throughout; without it logits of generation are rounded to the weights' dtype
+    fp8_experts: bool = False  # products of the experts and their gradients in blockwise FP8; needs bf16 weights and even widths
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -46,6 +47,10 @@ class ModelConfig:
                              f"{self.num_attention_heads}; nearest is {nearest}")
         if self.top_k > self.num_experts:
             raise ValueError(f"model.top_k = {self.top_k}: more than num_experts = {self.num_experts}; at most {self.num_experts}")
+        for name in ("hidden_size", "intermediate_size"):
+            width = getattr(self, name)
+            if self.fp8_experts and width % 2:
+                raise ValueError(f"model.{name} = {width}: must be even with fp8_experts; nearest is {width + 1}")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(f"model.rotary_dim = {self.rotary_dim}: must be even and at most head_dim = {self.head_dim}; "
                              f"nearest is {min(self.rotary_dim + self.rotary_dim % 2, self.head_dim - self.head_dim % 2)}")

@@ -92,6 +92,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.with_aux_loss = config.router_aux_loss_coef > 0
+        self.fp8 = config.fp8_experts
         self.router = Router(config, dtype)
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * config.intermediate_size, config.hidden_size, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.intermediate_size, dtype=dtype))
@@ -99,7 +100,7 @@ class MoE(nn.Module):
     def forward(self, x_TH: Tensor, multiplicity_T: Tensor | None) -> tuple[Tensor, RouterStats]:
         logits_TE = self.router(x_TH)
         routed = sigmoid_router(logits_TE, self.router.bias, self.router.top_k, multiplicity=multiplicity_T)
-        out = swiglu_experts(x_TH, self.gate_up_proj, self.down_proj, routed.weights, routed.experts)
+        out = swiglu_experts(x_TH, self.gate_up_proj, self.down_proj, routed.weights, routed.experts, self.fp8)
         aux_loss = balance_loss(logits_TE, routed.counts, multiplicity_T) if self.with_aux_loss else None
         return out, RouterStats(routed.counts, aux_loss)
 

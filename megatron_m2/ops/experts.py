@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_m2.ops.grouped_gemm import check_expert_weights, grouped_swiglu
+from megatron_m2.ops.grouped_gemm_fp8 import ROW_BLOCK, grouped_swiglu_fp8
 from megatron_m2.ops.permute import permute, permute_layout, unpermute
 
 # Shape suffixes: T tokens, H hidden, K experts per token, E experts, F expert width.
 
-_ROW_BLOCK = 16  # an expert's rows are padded to a tile's step: no product then has a ragged end
+_ROW_STEP = 16  # an expert's rows are padded to a tile's step: no product then has a ragged end
 
 
 def experts_reference(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
@@ -25,13 +26,15 @@ def experts_reference(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, weig
     return out
 
 
-def swiglu_experts(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+def swiglu_experts(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, weights_TK: Tensor, experts_TK: Tensor,
+                   fp8: bool = False) -> Tensor:
     """``sum_k weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t)`` with e = experts[t, k].
 
     Args:
         x_TH: [T, H].
         gate_up_E2FH: [E, 2 F, H], gate rows first; down_EHF: [E, H, F]; both in x's dtype.
         weights_TK: fp32 [T, K] (fp64 for fp64); experts_TK: int32 [T, K], each below E.
+        fp8: the products and their gradients in blockwise FP8 (bf16 only).
 
     Returns:
         [T, H] in x's dtype.
@@ -42,6 +45,8 @@ def swiglu_experts(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, weights
     check_expert_weights(x_TH, gate_up_E2FH, down_EHF)
     if weights_TK.shape != experts_TK.shape or experts_TK.shape[0] != x_TH.shape[0]:
         raise ValueError(f"experts: {list(experts_TK.shape)}, need the {list(weights_TK.shape)} of weights with {len(x_TH)} tokens")
-    layout = permute_layout(experts_TK, len(gate_up_E2FH), _ROW_BLOCK)
+    layout = permute_layout(experts_TK, len(gate_up_E2FH), ROW_BLOCK if fp8 else _ROW_STEP)
+    if fp8:
+        return unpermute(grouped_swiglu_fp8(x_TH, gate_up_E2FH, down_EHF, layout), layout, weights_TK)
     rows_RH = grouped_swiglu(permute(x_TH, layout), gate_up_E2FH, down_EHF, layout.ends)
     return unpermute(rows_RH, layout, weights_TK)

@@ -80,7 +80,7 @@ def quantize_reference(x_RW: Tensor, block: tuple[int, int]) -> Quantized:
 
 
 def _kernel_takes(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _extension.available()
+    return x.dtype == torch.bfloat16 and _extension.available(x.device.type)
 
 
 def _check_rows(name: str, x: Tensor) -> None:
@@ -99,7 +99,7 @@ def quantize_rows(x_RW: Tensor) -> Quantized:
 
 
 def quantize_columns(x_RW: Tensor) -> Quantized:
-    """Codes [R, W] and factors [ceil(R / 128), W] of each column's blocks of 128 rows.
+    """Codes [R, W] and factors [ceil(R / 128), W] of each column's blocks of 128 rows; on a GPU a column's codes lie side by side.
 
     Raises:
         ValueError: x is not bf16 or fp32 [R, W].
@@ -141,7 +141,13 @@ def swiglu_quantize(hidden_R2F: Tensor) -> Quantized:
 
 
 def quantize_weights(w_EBA: Tensor) -> Quantized:
-    """128x128 blocks of each of E matrices: codes [E, B, A], factors [E, ceil(B / 128), ceil(A / 128)]."""
+    """128x128 blocks of each of E matrices: codes [E, B, A], factors [E, ceil(B / 128), ceil(A / 128)].
+
+    Raises:
+        ValueError: w is not bf16 or fp32 [E, B, A].
+    """
+    if w_EBA.dim() != 3 or w_EBA.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"w: {w_EBA.dtype} {list(w_EBA.shape)}, need bfloat16 or float32 [matrices, rows, columns]")
     if _kernel_takes(w_EBA):
         return Quantized(*torch.ops.m2_ops.quantize_weights(w_EBA))
     parts = [quantize_blocks(w) for w in w_EBA]
@@ -154,7 +160,14 @@ if _extension.available():
         return x.new_empty((rows, width), dtype=E4M3), x.new_empty(scales, dtype=torch.float32)
 
     torch.library.register_fake("m2_ops::quantize_rows", lambda x: _codes(x, len(x), x.shape[1], (len(x), (x.shape[1] + 127) // 128)))
-    torch.library.register_fake("m2_ops::quantize_columns", lambda x: _codes(x, len(x), x.shape[1], ((len(x) + 127) // 128, x.shape[1])))
+
+    @torch.library.register_fake("m2_ops::quantize_columns")
+    def _columns(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scales = _codes(x, len(x), x.shape[1], ((len(x) + 127) // 128, x.shape[1]))
+        if x.device.type == "cuda":
+            codes = codes.new_empty(x.shape[1], (len(x) + 15) // 16 * 16)[:, : len(x)].t()
+        return codes, scales
+
     torch.library.register_fake("m2_ops::quantize_weights", lambda w: (torch.empty_like(w, dtype=E4M3), w.new_empty(
         (len(w), (w.shape[1] + 127) // 128, (w.shape[2] + 127) // 128), dtype=torch.float32)))
     torch.library.register_fake("m2_ops::permute_quantize", lambda x, token: _codes(

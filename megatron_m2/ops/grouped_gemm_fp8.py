@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 
 from megatron_m2.ops import _extension
-from megatron_m2.ops.fp8 import Quantized, dequantize_blocks, quantize_columns, quantize_rows, quantize_weights
-from megatron_m2.ops.grouped_gemm import check_groups, group_slices
+from megatron_m2.ops.fp8 import (
+    Quantized,
+    dequantize_blocks,
+    permute_quantize,
+    quantize_columns,
+    quantize_rows,
+    quantize_weights,
+    swiglu_quantize,
+)
+from megatron_m2.ops.grouped_gemm import check_expert_weights, check_groups, group_slices
+from megatron_m2.ops.permute import Layout, unpermute
 
 # Shape suffixes: R rows grouped by expert, E experts (groups), A and B widths of a product's input and output.
 
@@ -43,8 +52,9 @@ def grouped_wgrad_fp8_reference(dy: Quantized, x: Quantized, ends_E: Tensor, dty
     return torch.stack([dy_values[part].T @ x_values[part] for part in group_slices(ends_E)])
 
 
-def _kernel_runs(x: Tensor) -> bool:
-    return x.device.type == "cpu" and _extension.available()
+def _kernel_runs(x: Tensor, *widths: int) -> bool:
+    step = 16 if x.device.type == "cuda" else 2
+    return _extension.available(x.device.type) and all(w and w % step == 0 for w in widths)
 
 
 def grouped_mm_codes(x: Quantized, w: Quantized, ends_E: Tensor, transposed: bool = True) -> Tensor:
@@ -53,9 +63,11 @@ def grouped_mm_codes(x: Quantized, w: Quantized, ends_E: Tensor, transposed: boo
     Args:
         x: codes [R, A], factors [R, ceil(A / 128)], A even.
         w: codes [E, B, A] (or [E, A, B]), factors per 128x128 as they lie.
-        ends_E: int32 [E], one past each group's last row.
+        ends_E: int32 [E], one past each group's last row; on a GPU multiples of 128.
+
+    Widths that are no multiple of 16 run as plain torch on a GPU.
     """
-    if _kernel_runs(x.codes):
+    if _kernel_runs(x.codes, *w.codes.shape[1:]):
         out: Tensor = torch.ops.m2_ops.grouped_mm_fp8(*x, *w, ends_E, transposed)
         return out
     return grouped_mm_fp8_reference(x, w, ends_E, transposed, torch.float32).bfloat16()
@@ -63,7 +75,7 @@ def grouped_mm_codes(x: Quantized, w: Quantized, ends_E: Tensor, transposed: boo
 
 def grouped_wgrad_codes(dy: Quantized, x: Quantized, ends_E: Tensor) -> Tensor:
     """bf16 [E, B, A]: ``dy.T @ x`` of each group; dy [R, B] and x [R, A] quantised by columns, ends multiples of 128."""
-    if _kernel_runs(x.codes):
+    if _kernel_runs(x.codes, dy.codes.shape[1], x.codes.shape[1]):
         out: Tensor = torch.ops.m2_ops.grouped_wgrad_fp8(*dy, *x, ends_E)
         return out
     return grouped_wgrad_fp8_reference(dy, x, ends_E, torch.float32).bfloat16()
@@ -105,6 +117,60 @@ def grouped_mm_fp8(x_RA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
     if ends_E.device.type == "cpu" and bool((ends_E % ROW_BLOCK).any()):
         raise ValueError(f"ends: {ends_E.tolist()}, need multiples of {ROW_BLOCK}")
     return _GroupedMM.apply(x_RA, w_EBA, ends_E)
+
+
+def swiglu_backward(d_act_RF: Tensor, hidden_R2F: Tensor) -> Tensor:
+    """Gradient of hidden = gate | up through ``silu(gate) * up``, computed in fp32, in hidden's dtype."""
+    gate, up = hidden_R2F.float().chunk(2, dim=-1)
+    share, d_act = gate.sigmoid(), d_act_RF.float()
+    d_gate = d_act * up * share * (1 + gate * (1 - share))
+    return torch.cat([d_gate, d_act * gate * share], dim=-1).to(hidden_R2F.dtype)
+
+
+class _GroupedSwiGLU(torch.autograd.Function):
+    """Keeps gate and up in bf16, everything else as codes."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, gate_up: Tensor, down: Tensor, *layout: Tensor) -> Tensor:
+        ends = Layout(*layout).ends
+        x, w_in, w_out = permute_quantize(x_TH, Layout(*layout)), quantize_weights(gate_up), quantize_weights(down)
+        hidden = grouped_mm_codes(x, w_in, ends)
+        act = swiglu_quantize(hidden)
+        ctx.save_for_backward(*x, *w_in, *w_out, *act, hidden, *layout)
+        return grouped_mm_codes(act, w_out, ends)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        x, w_in, w_out, act = (Quantized(*saved[i : i + 2]) for i in range(0, 8, 2))
+        hidden, layout = saved[8], Layout(*saved[9:])
+
+        def wgrad(dy: Tensor, x: Quantized) -> Tensor:
+            columns = quantize_columns(dequantize_blocks(*x, (1, 128)).to(dy.dtype))
+            return grouped_wgrad_codes(quantize_columns(dy), columns, layout.ends)
+
+        d_hidden = swiglu_backward(grouped_mm_codes(quantize_rows(dy), w_out, layout.ends, transposed=False), hidden)
+        dx_RH = grouped_mm_codes(quantize_rows(d_hidden), w_in, layout.ends, transposed=False)
+        return unpermute(dx_RH, layout), wgrad(d_hidden, x), wgrad(dy, act), None, None, None
+
+
+def grouped_swiglu_fp8(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, layout: Layout) -> Tensor:
+    """:func:`megatron_m2.ops.grouped_gemm.grouped_swiglu` of the permuted tokens in FP8, quantised as they are permuted; differentiable.
+
+    Args:
+        x_TH: bf16 [T, H]; gate_up_E2FH: bf16 [E, 2 F, H], gate rows first; down_EHF: bf16 [E, H, F]; H and F even.
+        layout: of :func:`megatron_m2.ops.permute.permute_layout` with ``block=128``.
+
+    Returns:
+        bf16 [R, H], the layout's rows.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, naming the argument.
+    """
+    check_expert_weights(x_TH, gate_up_E2FH, down_EHF)
+    if x_TH.dtype != torch.bfloat16 or any(w % 2 for w in down_EHF.shape[1:]):
+        raise ValueError(f"x: {x_TH.dtype}, down: {list(down_EHF.shape)}; FP8 needs bfloat16 and even widths")
+    return _GroupedSwiGLU.apply(x_TH, gate_up_E2FH, down_EHF, *layout)
 
 
 if _extension.available():

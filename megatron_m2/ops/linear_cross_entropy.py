@@ -67,7 +67,7 @@ def softmax_parts(hidden_TH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, so
         ValueError: shapes, dtypes or devices that do not fit, or a source out of range, naming the argument.
     """
     _check(hidden_TH, weight_VH, targets_N, sources_N)
-    if hidden_TH.dtype == torch.bfloat16 and hidden_TH.device.type == "cpu" and _extension.available() and hidden_TH.shape[1] % 2 == 0:
+    if hidden_TH.dtype == torch.bfloat16 and _extension.available(hidden_TH.device.type) and hidden_TH.shape[1] % 2 == 0:
         return SoftmaxParts(*torch.ops.m2_ops.linear_cross_entropy(hidden_TH, weight_VH, targets_N, sources_N, vocab_start, with_mean))
     rows = hidden_TH if sources_N is None else hidden_TH.index_select(0, sources_N)
     return SoftmaxParts(*_Chunked.apply(rows, weight_VH, targets_N, vocab_start, with_mean))

@@ -128,6 +128,7 @@ class TrainConfig:
         _require(o.lr > 0, "optim.lr", o.lr, "positive")
         _require(o.grad_clip > 0, "optim.grad_clip", o.grad_clip, "positive")
         _require(r.dtype in DTYPES, "run.dtype", r.dtype, f"one of {', '.join(DTYPES)}")
+        _require(r.dtype == "bfloat16" or not self.model.fp8_experts, "model.fp8_experts", True, f"false with run.dtype = {r.dtype}")
         _require(r.wandb in ("offline", "online", "disabled"), "run.wandb", r.wandb, "offline, online or disabled")
         _require(r.keep_checkpoints >= 1, "run.keep_checkpoints", r.keep_checkpoints, "at least 1")
         for name in ("eval_every", "save_every", "sample_tokens"):

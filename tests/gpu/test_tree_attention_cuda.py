@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_m2.ops import _extension
 from megatron_m2.ops.tree_attention import tree_attention_reference, tree_attention_with_lse
+from tests.gpu import DEVICE, needs_gpu
 from tests.ops.test_tree_attention import gradient_magnitudes, inputs, random_tree, run, star
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine"),
-    pytest.mark.skipif(not _extension.available("cuda"), reason="megatron_m2._C is built without CUDA"),
-]
+pytestmark = needs_gpu
 
 FORESTS = {"one token": random_tree(0, 1, 0.0), "chain": random_tree(0, 700, 0.0), "star": star(300, 9, 77), "fan": star(1, 500, 1),
            "tree": random_tree(5, 1500, 0.01), "bushes": random_tree(6, 333, 0.5), "single tokens": torch.arange(1, 200, dtype=torch.int32)}
@@ -26,7 +23,7 @@ def test_equals_fp64_reference(name, heads, dim, start):
     ends = FORESTS[name]
     query_start = int(start * (len(ends) - 1))
     case = inputs(0, len(ends) - query_start, len(ends), *heads, dim, torch.bfloat16)
-    actual = run(tree_attention_with_lse, *(x.cuda() for x in case), ends.cuda(), query_start)
+    actual = run(tree_attention_with_lse, *(x.to(DEVICE) for x in case), ends.to(DEVICE), query_start)
     wide = [x.double() for x in case]
     expected, magnitudes = run(tree_attention_reference, *wide, ends, query_start), gradient_magnitudes(*wide, ends, query_start)
     for what, mine, reference, terms in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, magnitudes, strict=True):
@@ -36,22 +33,22 @@ def test_equals_fp64_reference(name, heads, dim, start):
 
 
 def test_repeats_bit_for_bit():
-    ends = random_tree(9, 2000, 0.01).cuda()
-    case = [x.cuda() for x in inputs(1, 2000, 2000, 8, 2, 128, torch.bfloat16)]
+    ends = random_tree(9, 2000, 0.01).to(DEVICE)
+    case = [x.to(DEVICE) for x in inputs(1, 2000, 2000, 8, 2, 128, torch.bfloat16)]
     first = run(tree_attention_with_lse, *case, ends)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, run(tree_attention_with_lse, *case, ends), strict=True))
 
 
 def test_any_strides():
-    ends = random_tree(2, 70, 0.1).cuda()
-    q, k, v = (x.cuda() for x in inputs(0, 70, 70, 4, 2, 64, torch.bfloat16))
+    ends = random_tree(2, 70, 0.1).to(DEVICE)
+    q, k, v = (x.to(DEVICE) for x in inputs(0, 70, 70, 4, 2, 64, torch.bfloat16))
     expected = run(tree_attention_with_lse, q, k, v, ends)
     for other in ([x.mT.contiguous().mT for x in (q, k, v)], [torch.nn.functional.pad(x, (1, 0))[..., 1:] for x in (q, k, v)]):
         assert all(torch.equal(a, b) for a, b in zip(expected, run(tree_attention_with_lse, *other, ends), strict=True))
 
 
 def test_head_dim_of_the_kernel():
-    q, k, v = (x.cuda() for x in inputs(0, 8, 8, 2, 1, 96, torch.bfloat16))
+    q, k, v = (x.to(DEVICE) for x in inputs(0, 8, 8, 2, 1, 96, torch.bfloat16))
     with pytest.raises(ValueError, match="head_dim 96, need 64 or 128"):
-        torch.ops.m2_ops.tree_attention(q, k, v, torch.full((8,), 8, dtype=torch.int32, device="cuda"), 0)
+        torch.ops.m2_ops.tree_attention(q, k, v, torch.full((8,), 8, dtype=torch.int32, device=DEVICE), 0)

@@ -56,7 +56,7 @@ def test_flops_by_torchs_own_counter(monkeypatch):
     from megatron_m2.forest import TokenForest
     from megatron_m2.ops import experts
 
-    monkeypatch.setattr(experts, "_ROW_BLOCK", 1)  # padding of the experts' rows is no product of the model
+    monkeypatch.setattr(experts, "_ROW_STEP", 1)  # padding of the experts' rows is no product of the model
     config = tiny_config(num_mtp_modules=0)
     model = build_model(config, seed=0)
     forest = TokenForest.from_documents([range(50)])
@@ -76,6 +76,7 @@ def test_flops_by_torchs_own_counter(monkeypatch):
     ({"rotary_dim": 7}, r"model.rotary_dim = 7: must be even and at most head_dim = 16; nearest is 8"),
     ({"rotary_dim": 32}, r"model.rotary_dim = 32: .* nearest is 16"),
     ({"hidden_size": 0}, r"model.hidden_size = 0: must be at least 1"),
+    ({"fp8_experts": True, "intermediate_size": 25}, r"model.intermediate_size = 25: must be even with fp8_experts; nearest is 26"),
     ({"num_mtp_modules": -1}, r"model.num_mtp_modules = -1"),
 ])
 def test_impossible_shapes_are_refused_with_the_nearest_legal_one(changes, message):

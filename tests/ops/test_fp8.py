@@ -92,25 +92,30 @@ groups = st.lists(st.integers(0, 3), min_size=1, max_size=4)
 @given(sizes=groups, a=st.integers(1, 150), b=st.integers(1, 150), seed=st.integers(0, 2**20))
 @example(sizes=[9, 0, 1], a=128, b=192, seed=0)
 def test_products_equal_those_of_the_values(sizes, a, b, seed):
-    """fp32 sums of exact products and one rounding to bf16."""
-    a, b = 2 * a, 2 * b
+    check_products(sizes, 2 * a, 2 * b, seed)
+
+
+def check_products(sizes, a, b, seed, device="cpu", terms=2e-6):
+    """fp32 sums of exact products, each wrong by ``terms`` of their magnitudes, and one rounding to bf16."""
     ends = (128 * torch.tensor(sizes)).cumsum(0).int()
     rows = int(ends[-1]) + 128
     x, dy = rows_of_all_sizes(seed, rows, a), rows_of_all_sizes(seed + 1, rows, b)
     w = quantize_weights(torch.randn(len(sizes), b, a, generator=torch.Generator().manual_seed(seed)).bfloat16())
 
-    def check(actual, reference, magnitude):
-        assert bool(((actual.double() - reference).abs() <= 2**-8 * reference.abs() + 2e-6 * magnitude).all())
+    def check(op, reference, q, *rest):
+        there = [Quantized(*(t.to(device) for t in v)) if isinstance(v, Quantized) else v for v in rest]
+        actual = op(Quantized(*(t.to(device) for t in q)), there[0], ends.to(device), *there[1:]).cpu().double()
+        exact = reference(q, rest[0], ends, *rest[1:])
+        magnitude = reference(sizes_of(q), sizes_of(rest[0]), ends, *rest[1:])
+        assert actual.shape == exact.shape
+        assert bool(((actual - exact).abs() <= 2**-8 * exact.abs() + terms * magnitude).all())
 
     def sizes_of(q: Quantized) -> Quantized:
         return Quantized(q.codes.float().abs().to(E4M3), q.scales)
 
     for q, transposed in ((quantize_rows(x), True), (quantize_rows(dy), False)):
-        check(grouped_mm_codes(q, w, ends, transposed), grouped_mm_fp8_reference(q, w, ends, transposed),
-              grouped_mm_fp8_reference(sizes_of(q), sizes_of(w), ends, transposed))
-    columns = quantize_columns(dy), quantize_columns(x)
-    check(grouped_wgrad_codes(*columns, ends), grouped_wgrad_fp8_reference(*columns, ends),
-          grouped_wgrad_fp8_reference(*map(sizes_of, columns), ends))
+        check(grouped_mm_codes, grouped_mm_fp8_reference, q, w, transposed)
+    check(grouped_wgrad_codes, grouped_wgrad_fp8_reference, quantize_columns(dy), quantize_columns(x))
 
 
 def test_gradients_are_those_of_the_bf16_product_to_fp8_rounding():

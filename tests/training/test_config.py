@@ -31,6 +31,7 @@ def test_overrides_reach_the_typed_fields():
     (["run.export=3"], "run.export = 3: must be bool"),
     (["stage.decay_steps=100000"], "stage.decay_steps = 100000: must be between 0 and"),
     (["run.dtype=int8"], "run.dtype = int8: must be one of bfloat16"),
+    (["run.dtype=float32", "model.fp8_experts=true"], "model.fp8_experts = True: must be false with run.dtype = float32"),
     (["run.wandb=maybe"], "run.wandb = maybe: must be offline, online or disabled"),
     (["data.seq_len=1"], "data.seq_len = 1: must be between 2 and"),
     (["~stage.steps"], "stage: missing 1 required positional argument: 'steps'"),

@@ -49,6 +49,16 @@ def test_a_run_learns_and_leaves_everything(data, tmp_path, capsys):
     assert (tmp_path / "wandb_id").read_text().strip()
 
 
+def test_fp8_experts_learn_as_bf16_ones(data, tmp_path):
+    losses = []
+    for fp8 in ("false", "true"):
+        folder = tmp_path / fp8
+        assert main(overrides(data, folder, **{"stage.steps": 40, "model.fp8_experts": fp8})) == 0
+        losses.append([r["loss/lm"] for r in read_metrics(folder / "metrics.jsonl")])
+    assert losses[0] != losses[1]
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.03 * losses[0][0]
+
+
 def test_bits_per_byte_of_a_uniform_model_is_known(data):
     model = build_model(tiny_config(vocab_size=320), torch.float64, seed=0)
     with torch.no_grad():
