@@ -1,4 +1,4 @@
-"""What has no kernel of its own on the GPU yet: experts on torch's grouped product, log-probs in chunks, FP8 in plain torch."""
+"""What Python puts together on the GPU: experts on torch's grouped product or in FP8, log-probs, widths that no kernel takes."""
 
 from __future__ import annotations
 
