@@ -59,8 +59,8 @@ TORCH_LIBRARY(m2_ops, m) {
   // ---- permute: tokens to rows grouped by expert, and back -------------------------------------------------------------------------
   // Rows of an expert keep the order of tokens and slots, so that sums repeat; each group is padded to a multiple of `block` rows.
 
-  // experts int32 [T, K] -> ends int32 [E] of each expert's rows, padding included; token int32 [R] of each row, -1: padding, where R
-  // is as many rows as any routing can need; row int32 [T, K] of each token's slot.
+  // experts int32 [T, K], -1: none -> ends int32 [E] of each expert's rows, padding included; token int32 [R] of each row, -1: padding,
+  // where R is as many rows as any routing can need; row int32 [T, K] of each token's slot, -1 where it has no expert.
   m.def("permute_layout(Tensor experts, int num_experts, int block) -> (Tensor ends, Tensor token, Tensor row)");
   // bf16 or fp32 x [T, W] -> rows [R, W], those of padding 0.
   m.def("permute(Tensor x, Tensor token, Tensor row) -> Tensor");

@@ -56,9 +56,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute_layout(const at::Tensor& 
   at::Tensor row = at::empty_like(experts), ends = at::empty({num_experts}, experts.options());
   std::vector<int32_t> next(num_experts);
   for (int64_t i = 0; i < routed; ++i) {
-    TORCH_CHECK_VALUE(experts_TK[i] >= 0 && experts_TK[i] < num_experts, "experts[", i / top_k, ", ", i % top_k, "]: ", experts_TK[i],
-                      ", need 0 to ", num_experts - 1);
-    ++next[experts_TK[i]];
+    TORCH_CHECK_VALUE(experts_TK[i] >= -1 && experts_TK[i] < num_experts, "experts[", i / top_k, ", ", i % top_k, "]: ", experts_TK[i],
+                      ", need -1 to ", num_experts - 1);
+    if (experts_TK[i] >= 0) ++next[experts_TK[i]];
   }
   int32_t *token_R = token.mutable_data_ptr<int32_t>(), *row_TK = row.mutable_data_ptr<int32_t>(),
           *ends_E = ends.mutable_data_ptr<int32_t>();
@@ -70,8 +70,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute_layout(const at::Tensor& 
     ends_E[e] = static_cast<int32_t>(start);
   }
   for (int64_t i = 0; i < routed; ++i) {
-    row_TK[i] = next[experts_TK[i]]++;
-    token_R[row_TK[i]] = static_cast<int32_t>(i / top_k);
+    row_TK[i] = experts_TK[i] < 0 ? -1 : next[experts_TK[i]]++;
+    if (row_TK[i] >= 0) token_R[row_TK[i]] = static_cast<int32_t>(i / top_k);
   }
   return {ends, token, row};
 }
@@ -100,7 +100,7 @@ at::Tensor permute(const at::Tensor& x_in, const at::Tensor& token_in, const at:
 
 void check_row_range(const int32_t* row_K, int64_t top_k, int64_t rows, int64_t token) {
   for (int64_t k = 0; k < top_k; ++k) {
-    TORCH_CHECK_VALUE(row_K[k] >= 0 && row_K[k] < rows, "row[", token, ", ", k, "]: ", row_K[k], ", need 0 to ", rows - 1);
+    TORCH_CHECK_VALUE(row_K[k] >= -1 && row_K[k] < rows, "row[", token, ", ", k, "]: ", row_K[k], ", need -1 to ", rows - 1);
   }
 }
 
@@ -116,6 +116,7 @@ void combine(const T* rows_RW, const int32_t* row_TK, const float* weights_TK, i
         const int64_t n = std::min(kLanes, width - i);
         Lanes total(0.0f);
         for (int64_t k = 0; k < top_k; ++k) {
+          if (row_K[k] < 0) continue;
           const Lanes x = load(rows_RW + row_K[k] * width + i, n);
           total = weights_TK ? at::vec::fmadd(Lanes(weights_TK[t * top_k + k]), x, total) : total + x;
         }
@@ -139,6 +140,10 @@ void combine_backward(const T* grad_TW, const T* rows_RW, const int32_t* row_TK,
       const int32_t* row_K = row_TK + t * top_k;
       check_row_range(row_K, top_k, rows, t);
       for (int64_t k = 0; k < top_k; ++k) {
+        if (row_K[k] < 0) {
+          d_weights_TK[t * top_k + k] = 0;
+          continue;
+        }
         const T *grad = grad_TW + t * width, *row = rows_RW + row_K[k] * width;
         T* out = d_rows_RW + row_K[k] * width;
         const Lanes weight(weights_TK[t * top_k + k]);

@@ -26,7 +26,7 @@ __global__ void count_kernel(const int32_t* experts, int64_t routed, int64_t num
   __shared__ typename Reduce::TempStorage storage;
   int count = 0;
   for (int64_t i = threadIdx.x; i < routed; i += kSortThreads) {
-    CUDA_KERNEL_ASSERT(experts[i] >= 0 && experts[i] < num_experts);
+    CUDA_KERNEL_ASSERT(experts[i] >= -1 && experts[i] < num_experts);
     count += experts[i] == static_cast<int32_t>(blockIdx.x);
   }
   const int total = Reduce(storage).Sum(count);
@@ -63,6 +63,10 @@ __global__ void place_kernel(const int32_t* experts, int64_t routed, int64_t top
     next += total;
     __syncthreads();  // before the storage is used again
   }
+  if (expert == 0) {  // the first block also marks what goes nowhere
+    for (int64_t i = threadIdx.x; i < routed; i += kSortThreads)
+      if (experts[i] < 0) row_TK[i] = -1;
+  }
 }
 
 template <typename Piece>
@@ -87,7 +91,8 @@ __global__ void combine_kernel(const Pack<T, N>* rows_RW, const int32_t* row_TK,
     float total[N] = {};
     for (int64_t k = 0; k < top_k; ++k) {
       const int32_t row = row_TK[t * top_k + k];
-      CUDA_KERNEL_ASSERT(row >= 0 && row < rows);
+      CUDA_KERNEL_ASSERT(row >= -1 && row < rows);
+      if (row < 0) continue;
       const float weight = weights_TK ? weights_TK[t * top_k + k] : 1.0f;
       const Pack<T, N> piece = rows_RW[row * pieces + i];
 #pragma unroll
@@ -107,7 +112,11 @@ __global__ void combine_backward_kernel(const Pack<T, N>* grad_TW, const Pack<T,
                                         float* d_weights_TK) {
   const int64_t slot = blockIdx.x, t = slot / top_k;
   const int32_t row = row_TK[slot];
-  CUDA_KERNEL_ASSERT(row >= 0 && row < rows);
+  CUDA_KERNEL_ASSERT(row >= -1 && row < rows);
+  if (row < 0) {  // the same for a whole block
+    if (threadIdx.x == 0) d_weights_TK[slot] = 0;
+    return;
+  }
   const float weight = weights_TK[slot];
   float dot = 0;
   for (int64_t i = threadIdx.x; i < pieces; i += kThreads) {

@@ -18,7 +18,7 @@ class Layout(NamedTuple):
     Attributes:
         ends: int32 [E], one past the last row of each expert, its padding included.
         token: int32 [R], token of each row, -1 for padding. R is as many rows as any routing can need, so it does not depend on the data.
-        row: int32 [T, K], row of each (token, slot).
+        row: int32 [T, K], row of each (token, slot), -1 where the slot has no expert.
     """
 
     ends: Tensor
@@ -29,16 +29,16 @@ class Layout(NamedTuple):
 def permute_layout_reference(experts_TK: Tensor, num_experts: int, block: int = 1) -> Layout:
     """:func:`permute_layout` in plain torch."""
     flat, device = experts_TK.flatten().long(), experts_TK.device
-    counts = torch.bincount(flat, minlength=num_experts)
+    counts = torch.bincount(flat + 1, minlength=num_experts + 1)[1:]
     padded = (counts + block - 1) // block * block
     ends = padded.cumsum(0)
-    order = flat.argsort(stable=True)
+    order = flat.argsort(stable=True)[len(flat) - int(counts.sum()) :]
     shift = (ends - padded) - (counts.cumsum(0) - counts)  # of each expert's first row, by the padding before it
-    row_sorted = torch.arange(flat.numel(), device=device) + shift[flat[order]]
+    row_sorted = torch.arange(len(order), device=device) + shift[flat[order]]
     rows = flat.numel() + min(flat.numel(), num_experts) * (block - 1)
     token = torch.full((-(-rows // block) * block,), -1, dtype=torch.int32, device=device)
     token[row_sorted] = (order // experts_TK.shape[1]).int()
-    row = torch.empty_like(flat).index_copy(0, order, row_sorted)
+    row = torch.full_like(flat, -1).index_copy(0, order, row_sorted)
     return Layout(ends.int(), token, row.view(experts_TK.shape).int())
 
 
@@ -49,7 +49,8 @@ def permute_reference(x_TW: Tensor, layout: Layout) -> Tensor:
 
 def unpermute_reference(rows_RW: Tensor, layout: Layout, weights_TK: Tensor | None = None) -> Tensor:
     wide = torch.float64 if rows_RW.dtype == torch.float64 else torch.float32
-    rows = rows_RW.index_select(0, layout.row.flatten().long()).unflatten(0, layout.row.shape).to(wide)
+    rows = rows_RW.index_select(0, layout.row.flatten().clamp_min(0).long()).unflatten(0, layout.row.shape).to(wide)
+    rows = rows.masked_fill((layout.row < 0)[..., None], 0.0)
     return (rows if weights_TK is None else rows * weights_TK.to(wide)[..., None]).sum(1).to(rows_RW.dtype)
 
 
@@ -61,7 +62,7 @@ def permute_layout(experts_TK: Tensor, num_experts: int, block: int = 1) -> Layo
     """Groups (token, slot) pairs by expert.
 
     Args:
-        experts_TK: int32 [T, K], each in [0, num_experts).
+        experts_TK: int32 [T, K], each in [0, num_experts), or -1: the slot goes nowhere.
         block: rows of each expert are padded to a multiple of it.
 
     Raises:
@@ -90,7 +91,7 @@ def permute(x_TW: Tensor, layout: Layout) -> Tensor:
 
 
 def unpermute(rows_RW: Tensor, layout: Layout, weights_TK: Tensor | None = None) -> Tensor:
-    """``sum_k weights[t, k] * rows[layout.row[t, k]]`` in fp32 (fp64 for fp64): [T, W] in the rows' dtype; differentiable.
+    """``sum_k weights[t, k] * rows[layout.row[t, k]]`` over the slots that have a row, in fp32 (fp64 for fp64): [T, W] in the rows' dtype; differentiable.
 
     Args:
         rows_RW: [R, W].
