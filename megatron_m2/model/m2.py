@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_m2.forest import TokenForest
 from megatron_m2.model.config import ModelConfig
-from megatron_m2.model.layers import Attend, DecoderLayer, MoE, RMSNorm, Router, RouterStats
+from megatron_m2.model.layers import Attend, DecoderLayer, MoE, RMSNorm, Router, RouterStats, Tokens
 from megatron_m2.ops.linear_cross_entropy import linear_logprobs
 from megatron_m2.ops.norm_rope import Rotary, rotary_angles
 from megatron_m2.ops.tree_attention import tree_attention
+from megatron_m2.parallel.collectives import gather_rows
+from megatron_m2.parallel.context import TokenShards, VisibleKeys
+from megatron_m2.parallel.mesh import ONE, Mesh
+from megatron_m2.parallel.placement import placement_of
+from megatron_m2.parallel.tensor import VocabEmbedding, VocabLinear, vocab_parallel_logprobs
 
-# Shape suffixes: T tokens, H hidden, E experts, L layers (main ones first, then MTP).
+# Shape suffixes: T tokens of the forest, R those of this rank, C of its tp ranks together (all three the same on a mesh of ones),
+# H hidden, E experts, L layers (main ones first, then MTP).
 
 
 @dataclass
 class M2Output:
-    """What ``model(forest)`` returns.
+    """What ``model(forest)`` returns. On a mesh, this rank's share: summed over the ranks that share the forest it is the whole.
 
     Attributes:
         logprobs: fp32 [T], ``log p(tokens[t] | path to parent[t])`` of every token with a weight, 0 elsewhere. Fp64 in an fp64 model.
         mtp_logprobs: per MTP module k = 1..K the same [T]: the log-probability of token t seen k tokens further back than usual,
             for tokens of depth > k.
-        hidden_states: [T, H] after the final norm.
+        hidden_states: [R, H] after the final norm, of this rank's tokens.
         expert_counts: int64 [L + K, E], choices of each expert per layer, times ``forest.multiplicity`` where given.
         aux_loss: fp32 scalar, balance loss times its coefficient, summed over layers (0 when the coefficient is 0).
     """
@@ -48,18 +56,17 @@ class MTPModule(nn.Module):
     Embedding and head are the main model's. The key layout follows MiniMax-M3's released module.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> None:
         super().__init__()
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False, dtype=dtype)
-        self.layer = DecoderLayer(config, dtype)
+        self.layer = DecoderLayer(config, dtype, mesh)
         self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
-    def forward(self, embedding_TH: Tensor, previous_TH: Tensor, rotary: Rotary, attend: Attend,
-                multiplicity_T: Tensor | None) -> tuple[Tensor, RouterStats]:
-        joined = self.eh_proj(torch.cat([self.enorm(embedding_TH), self.hnorm(previous_TH)], dim=-1))
-        return self.layer(joined, rotary, attend, multiplicity_T)
+    def forward(self, embedding_RH: Tensor, previous_RH: Tensor, tokens: Tokens) -> tuple[Tensor, RouterStats]:
+        joined = self.eh_proj(torch.cat([self.enorm(embedding_RH), self.hnorm(previous_RH)], dim=-1))
+        return self.layer(joined, tokens)
 
 
 class M2Model(nn.Module):
@@ -68,16 +75,18 @@ class M2Model(nn.Module):
     Args:
         config: shape of the model.
         dtype: of weights and compute; the router stays fp32 (fp64 in an fp64 model).
+        mesh: this rank's place; it holds its part of the weights, :func:`megatron_m2.parallel.placement.placement_of` says which.
+        recompute: keep only each layer's input for the backward, which runs the layer again.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, mesh: Mesh = ONE, recompute: bool = False) -> None:
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(DecoderLayer(config, dtype) for _ in range(config.num_hidden_layers))
+        self.config, self.mesh, self.recompute = config, mesh, recompute
+        self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, mesh.tp, dtype)
+        self.layers = nn.ModuleList(DecoderLayer(config, dtype, mesh) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
-        self.mtp = nn.ModuleList(MTPModule(config, dtype) for _ in range(config.num_mtp_modules))
+        self.lm_head = VocabLinear(config.hidden_size, config.vocab_size, mesh.tp, dtype)
+        self.mtp = nn.ModuleList(MTPModule(config, dtype, mesh) for _ in range(config.num_mtp_modules))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,15 +97,24 @@ class M2Model(nn.Module):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal of ``initializer_range``; what writes into the residual stream is smaller by sqrt(2 layers), norms are 1, biases 0."""
+    def init_weights(self, seed: int) -> None:
+        """Normal of ``initializer_range``; what writes into the residual stream is smaller by sqrt(2 layers), norms are 1, biases 0.
+
+        Each weight is drawn from (seed, its name) alone, so that every layout of ranks starts from the same model.
+        """
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 nn.init.ones_(p)
-            else:
-                nn.init.normal_(p, std=residual_std if name.endswith(("o_proj.weight", "down_proj")) else std, generator=generator)
+                continue
+            placement = placement_of(p)
+            whole = p.new_empty(placement.whole_shape(tuple(p.shape)))
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+            generator = torch.Generator(device=p.device).manual_seed(int.from_bytes(digest))
+            nn.init.normal_(whole, std=residual_std if name.endswith(("o_proj.weight", "down_proj")) else std, generator=generator)
+            with torch.no_grad():
+                p.copy_(placement.of(whole))
         for router in self.routers():
             router.bias.zero_()
 
@@ -117,41 +135,51 @@ class M2Model(nn.Module):
             ValueError: a token id outside the vocabulary, or a path longer than ``max_position_embeddings``.
         """
         self._check(forest)
-        embedding_TH = self.embed_tokens(forest.tokens)
-        trunk_TH, stats = self.trunk(embedding_TH, forest.depth, [self._attend(forest)] * len(self.layers), forest.multiplicity)
-        hidden_TH = self.norm(trunk_TH)
-        logprobs = self._logprobs(hidden_TH, forest, None, len(forest))
+        shards = TokenShards.split(forest.depth, self.mesh)
+        embedding_RH = self.embed_tokens.embed(shards.of_cp(forest.tokens), shards.rows)
+        tokens = self._tokens(forest, shards)
+        trunk_RH, stats = self._layers(embedding_RH, tokens, [tokens.attend] * len(self.layers))
+        hidden_RH = self.norm(trunk_RH)
+        logprobs = self._logprobs(hidden_RH, forest, shards, None, len(forest))
         mtp_logprobs = []
-        index, sub, previous_TH = torch.arange(len(forest), device=forest.device), forest, trunk_TH
+        index, sub, sub_shards, previous_RH = torch.arange(len(forest), device=forest.device), forest, shards, trunk_RH
+        embedded = shards  # whose rows embedding_RH has
         for module in cast(Sequence[MTPModule], self.mtp):
-            parent = sub.parent
+            parent, above = sub.parent, sub_shards
             sub, kept = sub.without_roots()
-            if len(sub) == 0:
+            index, sub_shards = index[kept], above.keep(kept)
+            if len(sub) == 0 and self.mesh.alone:  # on a mesh the rank must keep step with the others
                 mtp_logprobs.append(torch.zeros_like(logprobs))
                 stats.append(RouterStats(torch.zeros_like(stats[0].counts_E), None))
-                previous_TH, index = previous_TH[kept], index[kept]
+                previous_RH = previous_RH[:0]
                 continue
-            index, parent_hidden = index[kept], previous_TH.index_select(0, parent[kept].long())
-            rotary = self._rotary(sub.depth)
-            previous_TH, s = module(embedding_TH.index_select(0, index), parent_hidden, rotary, self._attend(sub), sub.multiplicity)
+            parent_RH = above.fetch(previous_RH, parent[kept].long(), sub_shards)
+            embedding = embedding_RH.index_select(0, embedded.place(sub_shards.mine(index)))
+            previous_RH, s = self._run(module, embedding, parent_RH, self._tokens(sub, sub_shards))
             stats.append(s)
-            mtp_logprobs.append(self._logprobs(module.final_layernorm(previous_TH), sub, index, len(forest)))
+            mtp_logprobs.append(self._logprobs(module.final_layernorm(previous_RH), sub, sub_shards, index, len(forest)))
         aux = [s.aux_loss for s in stats if s.aux_loss is not None]
         aux_loss = self.config.router_aux_loss_coef * torch.stack(aux).sum() if aux else torch.zeros((), device=forest.device)
-        return M2Output(logprobs, tuple(mtp_logprobs), hidden_TH, torch.stack([s.counts_E for s in stats]), aux_loss)
+        return M2Output(logprobs, tuple(mtp_logprobs), hidden_RH, torch.stack([s.counts_E for s in stats]), aux_loss)
 
-    def trunk(self, embedding_TH: Tensor, position_T: Tensor, attends: Sequence[Attend], multiplicity_T: Tensor | None = None
-              ) -> tuple[Tensor, list[RouterStats]]:
-        """The decoder layers: [T, H] before the final norm, and each layer's routing."""
-        rotary = self._rotary(position_T)
-        stats, x_TH = [], embedding_TH
+    def trunk(self, embedding_TH: Tensor, position_T: Tensor, attends: Sequence[Attend]) -> tuple[Tensor, list[RouterStats]]:
+        """The decoder layers of a mesh of ones, each with its own way to attend: [T, H] before the final norm, and each one's routing."""
+        return self._layers(embedding_TH, Tokens(self._rotary(position_T), attends[0], None, (len(embedding_TH),)), attends)
+
+    def _layers(self, x_RH: Tensor, tokens: Tokens, attends: Sequence[Attend]) -> tuple[Tensor, list[RouterStats]]:
+        stats = []
         for layer, attend in zip(self.layers, attends, strict=True):
-            x_TH, s = layer(x_TH, rotary, attend, multiplicity_T)
+            x_RH, s = self._run(layer, x_RH, replace(tokens, attend=attend))
             stats.append(s)
-        return x_TH, stats
+        return x_RH, stats
+
+    def _run(self, layer: nn.Module, *arguments: object) -> tuple[Tensor, RouterStats]:
+        run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer
+        result: tuple[Tensor, RouterStats] = run(*arguments)
+        return result
 
     def head(self, hidden_TH: Tensor) -> Tensor:
-        """Logits [T, vocab] of hidden states after the final norm, fp32 (fp64 in an fp64 model)."""
+        """Logits [T, vocab] of hidden states after the final norm, fp32 (fp64 in an fp64 model), on a mesh of ones."""
         hidden, weight = self._head_operands(hidden_TH)
         logits = F.linear(hidden, weight)
         return logits if logits.dtype == torch.float64 else logits.float()
@@ -161,20 +189,37 @@ class M2Model(nn.Module):
             return hidden_TH.float(), self.lm_head.weight.float()
         return hidden_TH, self.lm_head.weight
 
-    def _logprobs(self, hidden_TH: Tensor, forest: TokenForest, index_T: Tensor | None, length: int) -> Tensor:
-        """[length]: log-probs of the forest's weighted tokens, scattered to their place in the forest that ``index_T`` refers to."""
+    def _logprobs(self, hidden_RH: Tensor, forest: TokenForest, shards: TokenShards, index_T: Tensor | None, length: int) -> Tensor:
+        """[length]: log-probs of the forest's weighted tokens, scattered to their place in the forest that ``index_T`` refers to.
+
+        A rank predicts the children of the tokens that it owns with its tp neighbours, and of those its share.
+        """
         targets, sources = forest.predictions()
-        hidden, weight = self._head_operands(hidden_TH)
-        logprobs = linear_logprobs(hidden, weight, forest.tokens[targets], sources)
+        if self.mesh.cp.size > 1:
+            owned = shards.owned_by_cp(sources)
+            targets, sources = targets[owned], shards.place_in_cp(sources[owned])
+        hidden, weight = self._head_operands(gather_rows(hidden_RH, self.mesh.tp, shards.rows))
+        tokens = forest.tokens[targets]
+        if self.mesh.tp.size == 1:
+            logprobs = linear_logprobs(hidden, weight, tokens, sources)
+        else:
+            logprobs, share = vocab_parallel_logprobs(hidden, weight, tokens, sources, self.lm_head.bounds[0], self.mesh.tp)
+            targets = targets[share]
         place = targets if index_T is None else index_T[targets]
         return torch.zeros(length, dtype=logprobs.dtype, device=logprobs.device).index_copy(0, place, logprobs)
 
-    def _rotary(self, position_T: Tensor) -> Rotary:
-        return rotary_angles(position_T, self.config.rotary_dim, self.config.rope_theta, self.dtype)
+    def _tokens(self, forest: TokenForest, shards: TokenShards) -> Tokens:
+        multiplicity = None if forest.multiplicity is None else shards.mine(forest.multiplicity)
+        return Tokens(self._rotary(shards.of_cp(forest.depth)), self._attend(forest, shards), multiplicity, shards.rows)
+
+    def _rotary(self, position_C: Tensor) -> Rotary:
+        return rotary_angles(position_C, self.config.rotary_dim, self.config.rope_theta, self.dtype)
 
     @staticmethod
-    def _attend(forest: TokenForest) -> Attend:
-        return partial(tree_attention, subtree_end_T=forest.subtree_end)
+    def _attend(forest: TokenForest, shards: TokenShards) -> Attend:
+        if shards.mesh.cp.size == 1:
+            return partial(tree_attention, subtree_end_T=forest.subtree_end)
+        return partial(VisibleKeys.of(forest.subtree_end, shards).attend, block=tree_attention)
 
     def _check(self, forest: TokenForest) -> None:
         if forest.device.type == "meta":
@@ -188,10 +233,10 @@ class M2Model(nn.Module):
 
 
 def build_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-                seed: int | None = None) -> M2Model:
+                seed: int | None = None, mesh: Mesh = ONE, recompute: bool = False) -> M2Model:
     """A model on ``device``; freshly initialised when a seed is given, else uninitialised (to be loaded)."""
     with torch.device(device):
-        model = M2Model(config, dtype)
+        model = M2Model(config, dtype, mesh, recompute)
     if seed is not None:
-        model.init_weights(torch.Generator(device=device).manual_seed(seed))
+        model.init_weights(seed)
     return model

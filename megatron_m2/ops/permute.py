@@ -91,7 +91,10 @@ def permute(x_TW: Tensor, layout: Layout) -> Tensor:
 
 
 def unpermute(rows_RW: Tensor, layout: Layout, weights_TK: Tensor | None = None) -> Tensor:
-    """``sum_k weights[t, k] * rows[layout.row[t, k]]`` over the slots that have a row, in fp32 (fp64 for fp64): [T, W] in the rows' dtype; differentiable.
+    """``sum_k weights[t, k] * rows[layout.row[t, k]]`` over the slots that have a row, in fp32 (fp64 for fp64).
+
+    Returns:
+        [T, W] in the rows' dtype; differentiable.
 
     Args:
         rows_RW: [R, W].

@@ -16,7 +16,8 @@ from megatron_m2.parallel.collectives import exchange_rows
 from megatron_m2.parallel.layout import part
 from megatron_m2.parallel.mesh import Axis, Mesh
 
-# Shape suffixes: T tokens of the forest, C of this cp rank, R of this rank, V visible to this cp rank; H heads, G key/value heads, D head_dim.
+# Shape suffixes: T tokens of the forest, C of this cp rank, R of this rank, V visible to this cp rank; H heads, G key/value heads,
+# D head_dim.
 
 _CHUNKS_PER_RANK = 4  # runs of tokens a cp rank gets: enough to balance, few enough for long tiles
 
@@ -76,7 +77,8 @@ class TokenShards:
     def of_owners(cls, owner_T: Tensor, mesh: Mesh) -> TokenShards:
         tp = mesh.tp.size
         counts = torch.bincount(owner_T, minlength=mesh.sequence.size).tolist()
-        return cls(mesh, owner_T, (owner_T == mesh.sequence.rank).nonzero().squeeze(1), (owner_T // tp == mesh.cp.rank).nonzero().squeeze(1),
+        index_R, index_C = ((owner_T // n == r).nonzero().squeeze(1) for n, r in ((1, mesh.sequence.rank), (tp, mesh.cp.rank)))
+        return cls(mesh, owner_T, index_R, index_C,
                    tuple(counts[mesh.cp.rank * tp : (mesh.cp.rank + 1) * tp]))
 
     def keep(self, kept: Tensor) -> TokenShards:
@@ -90,6 +92,10 @@ class TokenShards:
     def of_cp(self, x_T: Tensor) -> Tensor:
         """The rows of this rank and its tp neighbours."""
         return x_T if self.mesh.cp.size == 1 else x_T[self.index_C]
+
+    def place(self, index: Tensor) -> Tensor:
+        """Row of tokens that this rank owns among its own."""
+        return index if self.mesh.sequence.size == 1 else torch.searchsorted(self.index_R, index)
 
     def owned_by_cp(self, index: Tensor) -> Tensor:
         """bool: which of these tokens this cp rank owns."""
@@ -112,7 +118,7 @@ class TokenShards:
         sender, receiver = self.owner_T[source], wanted.owner_T
         out = (sender == axis.rank).nonzero().squeeze(1)
         out = out[receiver[out].argsort(stable=True)]
-        sent = x_R.index_select(0, torch.searchsorted(self.index_R, source[out]))
+        sent = x_R.index_select(0, self.place(source[out]))
         came_from = sender[wanted.index_R]
         received = exchange_rows(sent, axis, _counts(receiver[out], axis), _counts(came_from, axis))
         return received.index_select(0, came_from.argsort(stable=True).argsort())

@@ -41,8 +41,9 @@ class Placement:
         return found
 
 
-def placed(parameter: nn.Parameter, dim: int, bounds: tuple[int, int], size: int, replicas: str) -> nn.Parameter:
+def placed(parameter: Tensor, dim: int, bounds: tuple[int, int], size: int, replicas: str) -> nn.Parameter:
     """Marks a parameter as such a part."""
+    assert isinstance(parameter, nn.Parameter)
     parameter.placement = Placement(dim, *bounds, size, replicas)  # type: ignore[attr-defined]
     return parameter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_m2.forest import TokenForest, merge_samples
 from megatron_m2.model.generate import logits
-from megatron_m2.model.layers import balance_loss
+from megatron_m2.model.layers import Tokens, balance_loss
 from megatron_m2.model.m2 import build_model
+from megatron_m2.ops.tree_attention import tree_attention
 from tests.conftest import random_samples, relative_error, tiny_config
 
 
@@ -59,18 +61,22 @@ def test_logprobs_agree_with_the_full_logits():
     assert relative_error(out.logprobs, torch.cat(expected)) < 1e-12
 
 
+def attend(forest):
+    return partial(tree_attention, subtree_end_T=forest.subtree_end)
+
+
 def test_mtp_on_a_chain_is_deepseek_v3s_shift():
     """Module k at position i joins the embedding of token i + k with module k - 1's output at i, and predicts token i + k + 1."""
     model = model_with_bias(tiny_config(num_mtp_modules=2))
     tokens = torch.randint(0, 97, (12,))
     forest = TokenForest.from_documents([tokens.numpy()])
     out = model(forest)
-    hidden, _ = model.trunk(model.embed_tokens(tokens), forest.depth, [model._attend(forest)] * len(model.layers))
+    hidden, _ = model.trunk(model.embed_tokens(tokens), forest.depth, [attend(forest)] * len(model.layers))
     for k, module in enumerate(model.mtp, start=1):
         length = len(tokens) - k
         chain = TokenForest.from_documents([tokens[:length].numpy()])
         embedding, previous = model.embed_tokens(tokens[k:]), hidden[:length]
-        hidden, _ = module(embedding, previous, model._rotary(torch.arange(length)), model._attend(chain), None)
+        hidden, _ = module(embedding, previous, Tokens(model._rotary(torch.arange(length)), attend(chain), None, (length,)))
         scores = F.linear(module.final_layernorm(hidden), model.lm_head.weight).log_softmax(-1)
         expected = scores[:-1].gather(1, tokens[k + 1 :, None]).squeeze(1)
         assert relative_error(out.mtp_logprobs[k - 1][k + 1 :], expected) < 1e-12
