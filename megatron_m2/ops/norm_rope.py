@@ -129,6 +129,11 @@ def _check(x: Tensor, weight: Tensor, heads: int, cos: Tensor | None, sin: Tenso
 # ---- torch.library: shapes for tracing, gradients ---------------------------------------------------------------------------------
 
 
+def _squares_backward(ctx: Any, grad: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    return (2 * grad[:, None] * x).to(x.dtype)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, ctx.heads, cos, sin, sum_squares, ctx.full_width = inputs
     ctx.split = sum_squares is not None
@@ -155,8 +160,8 @@ def _fake(x: Tensor, weight: Tensor, eps: float, heads: int, cos: Tensor | None,
 
 if _extension.available():
     torch.library.register_fake("m2_ops::row_sum_squares", lambda x: x.new_empty(len(x), dtype=torch.float32))
-    torch.library.register_autograd("m2_ops::row_sum_squares", lambda ctx, grad: (2 * grad[:, None] * ctx.saved_tensors[0]).to(
-        ctx.saved_tensors[0].dtype), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]))
+    torch.library.register_autograd("m2_ops::row_sum_squares", _squares_backward,
+                                    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]))
     torch.library.register_fake("m2_ops::rms_norm_rope", _fake)
     torch.library.register_autograd("m2_ops::rms_norm_rope", _backward, setup_context=_save)
     torch.library.register_fake("m2_ops::rms_norm_rope_backward", _backward_fake)

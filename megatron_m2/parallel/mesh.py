@@ -71,22 +71,19 @@ def build_mesh(config: ParallelConfig, device_type: str, kv_heads: int) -> Mesh:
         return ONE
     pp, cp, tp, dp = config.pp, config.cp, config.tp, config.dp(world)
     grid = init_device_mesh(device_type, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
-    for names, flat in ((("cp", "tp"), "sequence"), (("dp", "cp"), "heads"), (("dp", "cp", "tp"), "stage")):
-        grid[names]._flatten(flat)
+    sequence, heads, stage = (grid[names]._flatten("_".join(names)) for names in (("cp", "tp"), ("dp", "cp"), ("dp", "cp", "tp")))
     folded = init_device_mesh(device_type, (pp, dp * cp * tp // config.ep, config.ep), mesh_dim_names=("pp", "experts", "ep"))
     copies = max(1, tp // kv_heads)
+    kv = _axis(heads)
     if copies > 1:
-        by_head = torch.arange(world).view(pp, dp * cp, tp // copies, copies).permute(0, 2, 1, 3).reshape(-1, dp * cp * copies)
-        kv = _axis_of(by_head)
-    else:
-        kv = _axis(grid, "heads")
-    return Mesh(pp=_axis(grid, "pp"), dp=_axis(grid, "dp"), cp=_axis(grid, "cp"), tp=_axis(grid, "tp"), sequence=_axis(grid, "sequence"),
-                stage=_axis(grid, "stage"), heads=_axis(grid, "heads"), kv=kv, ep=_axis(folded, "ep"), experts=_axis(folded, "experts"),
+        kv = _axis_of(torch.arange(world).view(pp, dp * cp, tp // copies, copies).permute(0, 2, 1, 3).reshape(-1, dp * cp * copies))
+    return Mesh(pp=_axis(grid["pp"]), dp=_axis(grid["dp"]), cp=_axis(grid["cp"]), tp=_axis(grid["tp"]), sequence=_axis(sequence),
+                stage=_axis(stage), heads=_axis(heads), kv=kv, ep=_axis(folded["ep"]), experts=_axis(folded["experts"]),
                 world=Axis(world, dist.get_rank(), dist.group.WORLD))
 
 
-def _axis(mesh: DeviceMesh, name: str) -> Axis:
-    return Axis(mesh[name].size(), mesh[name].get_local_rank(), mesh[name].get_group()) if mesh[name].size() > 1 else Axis()
+def _axis(mesh: DeviceMesh) -> Axis:
+    return Axis(mesh.size(), mesh.get_local_rank(), mesh.get_group()) if mesh.size() > 1 else Axis()
 
 
 def _axis_of(rows: torch.Tensor) -> Axis:
