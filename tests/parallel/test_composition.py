@@ -73,8 +73,8 @@ def compare(layouts, dtype, tolerance, changes, expected):
             assert error < tolerance, (sizes, recompute, name, error)
 
 
-PAIRS = [dict(cp=2, tp=2), dict(cp=2, ep=2), dict(tp=2, ep=2), dict(cp=2), dict(tp=2), dict(ep=2), dict(tp=4), dict(cp=4), dict(ep=4), dict(),
-         dict(cp=2, tp=2, ep=2), dict(cp=2, tp=2, ep=4)]
+PAIRS = [{"cp": 2, "tp": 2}, {"cp": 2, "ep": 2}, {"tp": 2, "ep": 2}, {"cp": 2}, {"tp": 2}, {"ep": 2}, {"tp": 4}, {"cp": 4}, {"ep": 4}, {},
+         {"cp": 2, "tp": 2, "ep": 2}, {"cp": 2, "tp": 2, "ep": 4}]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
