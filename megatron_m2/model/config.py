@@ -120,6 +120,15 @@ class ModelConfig:
         attention = pairs_cost * visible_pairs * self.num_hidden_layers + pairs_cost * visible_pairs * mtp_tokens // max(tokens, 1)
         return layers + attention + 2 * self.vocab_size * self.hidden_size * predicted
 
+    def layer_flops(self, depth: int) -> int:
+        """Of the forward of one decoder layer for one token that sees ``depth`` others."""
+        return self.forward_flops(1, depth + 1, 0) // self.num_hidden_layers
+
+    def last_flops(self, depth: int) -> int:
+        """Of what follows the layers, for one such token: the head, and every MTP module with its own use of the head."""
+        k = self.num_mtp_modules
+        return self.forward_flops(1, depth + 1, 1 + k, k) - self.forward_flops(1, depth + 1, 0)
+
     # ---- dictionaries ---------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.ops.experts import swiglu_experts
 from megatron_m2.ops.norm_rope import Rotary, norm_rope, rms_norm, row_sum_squares
 from megatron_m2.ops.router import sigmoid_router
+from megatron_m2.ops.weight_grad import linear
 from megatron_m2.parallel.collectives import all_sum, gather_rows, scatter_sum_rows, total
 from megatron_m2.parallel.expert import expert_parallel
 from megatron_m2.parallel.layout import part
@@ -120,7 +120,7 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Logits [T, E] in the router's own precision."""
-        return F.linear(x_TH.to(self.weight.dtype), self.weight)
+        return linear(x_TH.to(self.weight.dtype), self.weight)
 
 
 class MoE(nn.Module):

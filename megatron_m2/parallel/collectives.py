@@ -98,6 +98,15 @@ def total(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
+def highest(x: Tensor, axis: Axis) -> Tensor:
+    """The largest over ranks, elementwise."""
+    if axis.size == 1:
+        return x
+    out = x.contiguous().clone()
+    dist.all_reduce(out, dist.ReduceOp.MAX, group=axis.group)
+    return out
+
+
 def all_to_all(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
     """:func:`exchange_rows` of any dtype."""
     if axis.size == 1:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_m2.ops.linear_cross_entropy import SoftmaxParts, combine_parts, softmax_parts
+from megatron_m2.ops.weight_grad import Linear
 from megatron_m2.parallel.collectives import gather_rows, scatter_sum_rows
 from megatron_m2.parallel.layout import part
 from megatron_m2.parallel.mesh import Axis
@@ -24,7 +25,7 @@ def split_linear(in_width: int, out_width: int, dim: int, bounds: tuple[int, int
     """A bias-free linear map of which this rank holds ``bounds`` of the outputs (dim 0) or of the inputs (dim 1)."""
     widths = [out_width, in_width]
     size, widths[dim] = widths[dim], bounds[1] - bounds[0]
-    linear = nn.Linear(widths[1], widths[0], bias=False, dtype=dtype)
+    linear = Linear(widths[1], widths[0], dtype)
     placed(linear.weight, dim, bounds, size, replicas)
     return linear
 
