@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_m2.data.dataset import Dataset
+from megatron_m2.data.stream import ForestStream
 from megatron_m2.forest import TokenForest
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.ops.router import update_router_bias
@@ -43,12 +44,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, mesh: Mesh = ONE) -> None:
         self.config, self.mesh = config, mesh
         self.device = pick_device(config.run.device, local_rank())
-        self.dataset = Dataset(config.data.path)
-        if self.dataset.vocab_size > config.model.vocab_size:
-            raise ValueError(f"model.vocab_size = {config.model.vocab_size}: {config.data.path} needs at least {self.dataset.vocab_size}")
-        self.stream = self.dataset.stream(config.data.blend, tokens_per_forest=config.data.tokens_per_forest, seq_len=config.data.seq_len,
-                                          seed=config.run.seed, open_documents=config.data.open_documents,
-                                          rank=mesh.dp.rank, world=mesh.dp.size)
+        self.dataset, self.stream = open_data(config, mesh)
         torch.manual_seed(config.run.seed)  # its state is part of every checkpoint
         self.stages = ModelStages(config.model, config.parallel, mesh, DTYPES[config.run.dtype], self.device, config.run.seed,
                                   depth=config.data.seq_len // 2)
@@ -171,6 +167,20 @@ class Trainer:
         return True
 
 
+def open_data(config: TrainConfig, mesh: Mesh = ONE) -> tuple[Dataset, ForestStream]:
+    """The data of a run and this rank's stream of it.
+
+    Raises:
+        ValueError: the data is not there, damaged or not for this configuration.
+    """
+    data = config.data
+    dataset = Dataset(data.path)
+    if dataset.vocab_size > config.model.vocab_size:
+        raise ValueError(f"model.vocab_size = {config.model.vocab_size}: {data.path} needs at least {dataset.vocab_size}")
+    return dataset, dataset.stream(data.blend, tokens_per_forest=data.tokens_per_forest, seq_len=data.seq_len, seed=config.run.seed,
+                                   open_documents=data.open_documents, rank=mesh.dp.rank, world=mesh.dp.size)
+
+
 def step_forward_flops(model: ModelConfig, forest: TokenForest) -> int:
     """Model FLOPs of one forward over this forest, MTP included."""
     depth = forest.depth
@@ -195,14 +205,17 @@ def pick_device(name: str, number: int = 0) -> torch.device:
         return device
     if not torch.cuda.is_available():
         raise ValueError(f"run.device = {name}: torch {torch.__version__} sees no GPU here; use cpu or auto")
+    if device.index is None and number >= torch.cuda.device_count():
+        raise ValueError(f"LOCAL_RANK = {number}: this machine has {torch.cuda.device_count()} GPUs; nearest is "
+                         f"{torch.cuda.device_count()} processes per node")
     return torch.device("cuda", number if device.index is None else device.index)
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them, so that the loop can save first."""
+    """Collects SIGTERM, SIGINT and SIGUSR1 (a batch system's warning) instead of dying of them, so that the loop can save first."""
     caught: list[int] = []
-    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         yield caught
     finally:
