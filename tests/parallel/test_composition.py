@@ -87,3 +87,22 @@ def test_four_ranks_equal_one(dtype, tolerance):
     layouts = [{**sizes, "recompute": i % 2 == 1} for i, sizes in enumerate(PAIRS)]
     changes = {"num_hidden_layers": 3}
     on_ranks(4, compare, layouts, dtype, tolerance, changes, reference(dtype, **changes))
+
+
+def gradients_by_schedule(schedules, fp8):
+    found = []
+    for name in schedules:
+        config = ParallelConfig(pp=2, vpp=2, schedule=name, recompute=name == "zero_bubble")
+        stages = stages_of(torch.bfloat16, build_mesh(config, "cpu", 2), config, num_hidden_layers=3, fp8_experts=fp8)
+        assert bool(stages.pipeline.later) == (name == "zero_bubble")
+        forward_backward(stages, forests())
+        found.append({n: p.grad for n, p in stages.named_parameters()})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        assert torch.equal(grad, found[1][name]), name
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_gradients_left_for_later_are_the_same_bits(fp8):
+    """Through the kernels of the experts, which fp64 does not reach."""
+    on_ranks(2, gradients_by_schedule, ("interleaved", "zero_bubble"), fp8)
