@@ -16,7 +16,7 @@ from megatron_m2.parallel.context import TokenShards
 from megatron_m2.parallel.layout import ParallelConfig
 from megatron_m2.parallel.mesh import Mesh
 from megatron_m2.parallel.pipeline import SPLIT_BACKWARD, Action, Part, Pipeline, schedule, split_layers, stage_ranks
-from megatron_m2.training.losses import LossWeights, stage_loss
+from megatron_m2.training.losses import ForestLoss, LossWeights, stage_loss
 
 
 class ModelStages:
@@ -77,15 +77,21 @@ class ModelStages:
         losses, counts = torch.zeros(3, dtype=torch.float64), self._no_counts()
 
         def forward(stage: int, microbatch: int, x: Tensor | None) -> Part:
-            model, forest = self.stages[stage], forests[microbatch]
-            output = model(forest, x)
-            loss = stage_loss(output, forest, weights, mtp_weight, num_forests)
+            part, loss, stage_counts = self.part(stage, forests[microbatch], x, weights, mtp_weight, num_forests)
             losses.add_(torch.stack([loss.lm.double(), loss.mtp.double(), loss.aux.double()]).cpu())
-            counts[model.counted_layers] += output.expert_counts
-            return Part(None if model.span.last else output.hidden_states, loss.total)
+            counts[self.stages[stage].counted_layers] += stage_counts
+            return part
 
         self.pipeline.train(self._orders(len(forests))[self.mesh.pp.rank], forward, self._shapes(forests), after_backward)
         return losses, counts
+
+    def part(self, stage: int, forest: TokenForest, x: Tensor | None, weights: LossWeights, mtp_weight: float, num_forests: int
+             ) -> tuple[Part, ForestLoss, Tensor]:
+        """Forward of one forest through one stage: what the pipeline needs of it, its losses, and its expert counts."""
+        model = self.stages[stage]
+        output = model(forest, x)
+        loss = stage_loss(output, forest, weights, mtp_weight, num_forests)
+        return Part(None if model.span.last else output.hidden_states, loss.total), loss, output.expert_counts
 
     def logprobs(self, forests: Sequence[TokenForest]) -> tuple[Tensor, Tensor]:
         """Sum of the log-probs of all weighted tokens, fp64 scalar, and expert counts: this rank's shares. No gradients."""
