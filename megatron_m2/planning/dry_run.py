@@ -36,7 +36,8 @@ class RankReport:
         parameters: of weights that it holds a part of, this part's numbers by name, router biases included.
         wholes: numbers of the whole weights, by name.
         optimizer_bytes: master weights and two moments, of which each replica has its share.
-        saved: bytes that autograd keeps of one forest, by stage. transient: of one layer that is run again, 0 without recomputation.
+        saved: bytes that autograd keeps of one forest, by stage (with recomputation: the layers' inputs).
+        transient: bytes of one layer while it is run again; 0 without recomputation.
         held: most bytes kept at one time over a step's forests, in the schedule's order.
         calls, bytes: collectives of one forest's forward and backward, by axis and kind; bytes of what this rank puts in.
         handed_on: bytes that pass to and from its neighbours in the pipeline, per forest.
@@ -99,7 +100,6 @@ def _run_rank(config: TrainConfig, world: int, rank: int, alike: int) -> RankRep
             full = _run_stages(_stages(config, replace(parallel, recompute=False), mesh), config, ShapeRun(axes))
             transient = max((full[s] - saved[s]) // max(1, n.stop - n.start) for s, n in _spans(stages).items())
         rows = _hidden_rows(config, mesh)
-        saved = {s: saved[s] + _kept_inputs(stages, s, rows) for s in saved}
         microbatches = config.stage.forests_per_step // mesh.dp.size
         order = schedule(parallel.schedule, parallel.pp, parallel.vpp, microbatches)[mesh.pp.rank]
         parameters = dict(stages.named_parameters())
@@ -160,13 +160,6 @@ def _run_stages(stages: ModelStages, config: TrainConfig, run: ShapeRun) -> dict
         with run:
             torch.autograd.backward(part.outputs(), grads)
     return saved
-
-
-def _kept_inputs(stages: ModelStages, number: int, rows: int) -> int:
-    """What checkpointing keeps besides: the input of every layer that is run again; of a stage, its input."""
-    model = stages.stages[number]
-    layers = (model.span.stop - model.span.start + 2 * len(model.mtp)) if model.recompute else int(not model.span.first)
-    return layers * rows * model.config.hidden_size * model.dtype.itemsize
 
 
 def _most_held(order: tuple[Action, ...], saved: dict[int, int]) -> int:
