@@ -31,8 +31,8 @@ def traffic(report: RankReport) -> list[str]:
     for (axis, kind), calls in sorted(report.calls.items()):
         lines[0] += f"  {axis} {kind} {calls} x {report.bytes[axis, kind] / calls / 2**20:.1f} MiB"
     lines[0] += f"  pipeline {report.handed_on / 2**20:.1f} MiB"
-    lines.append("        per step  " + "  ".join(f"{axis} {kind} {size / GIB:.2f} GiB" for (axis, kind), size in report.step_bytes.items()))
-    return lines
+    step = "  ".join(f"{axis} {kind} {size / GIB:.2f} GiB" for (axis, kind), size in report.step_bytes.items())
+    return [*lines, f"        per step  {step}"]
 
 
 def main(arguments: list[str]) -> int:
