@@ -75,18 +75,24 @@ def compare(layouts, dtype, tolerance, changes, expected):
             assert error < tolerance, (sizes, name, error)
 
 
-PAIRS = [{"cp": 2, "tp": 2}, {"cp": 2, "ep": 2}, {"tp": 2, "ep": 2}, {"cp": 2}, {"tp": 2}, {"ep": 2}, {"tp": 4}, {"cp": 4}, {"ep": 4}, {},
-         {"cp": 2, "tp": 2, "ep": 2}, {"cp": 2, "tp": 2, "ep": 4}, {"pp": 2}, {"pp": 2, "tp": 2}, {"pp": 2, "cp": 2}, {"pp": 2, "ep": 2},
-         {"pp": 2, "vpp": 2, "schedule": "interleaved"}, {"pp": 2, "vpp": 2, "schedule": "zero_bubble", "tp": 2, "ep": 2},
-         {"pp": 2, "vpp": 2, "schedule": "zbv", "cp": 2}, {"pp": 2, "vpp": 2, "schedule": "zbv", "ep": 2}, {"pp": 4}]
+# Data parallelism takes the ranks that a layout leaves: {"cp": 2} on four ranks is dp 2 x cp 2.
+FOUR = [{"cp": 2, "tp": 2}, {"cp": 2, "ep": 2}, {"tp": 2, "ep": 2}, {"cp": 2}, {"tp": 2}, {"ep": 2}, {"tp": 4}, {"cp": 4}, {"ep": 4}, {},
+        {"pp": 2}, {"pp": 2, "tp": 2}, {"pp": 2, "cp": 2}, {"pp": 2, "ep": 2}, {"pp": 4},
+        {"pp": 2, "vpp": 2, "schedule": "interleaved"}, {"pp": 2, "vpp": 2, "schedule": "zero_bubble", "tp": 2, "ep": 2},
+        {"pp": 2, "vpp": 2, "schedule": "zbv", "cp": 2}, {"pp": 2, "vpp": 2, "schedule": "zbv", "ep": 2}]
+EIGHT = [{"pp": 2, "cp": 2, "tp": 2}, {"pp": 2, "cp": 2}, {"pp": 2, "tp": 2}, {"cp": 2, "tp": 2}, {"cp": 2, "tp": 2, "ep": 8},
+         {"pp": 2, "cp": 2, "ep": 4}, {"pp": 2, "tp": 2, "ep": 2}, {"pp": 2, "cp": 2, "tp": 2, "ep": 4}, {"pp": 4, "tp": 2, "ep": 2},
+         {"pp": 2, "vpp": 2, "schedule": "zero_bubble", "cp": 2, "tp": 2, "ep": 2},
+         {"pp": 2, "vpp": 2, "schedule": "zbv", "tp": 2, "ep": 4}]
+EXACT = [(torch.float64, 1e-9), (torch.float32, 1e-5)]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_four_ranks_equal_one(dtype, tolerance):
-    """Data parallelism takes the ranks that a layout leaves."""
-    layouts = [{**sizes, "recompute": i % 2 == 1} for i, sizes in enumerate(PAIRS)]
+@pytest.mark.parametrize(("dtype", "tolerance"), EXACT)
+@pytest.mark.parametrize(("world", "layouts"), [(4, FOUR), (8, EIGHT)])
+def test_ranks_together_equal_one(world, layouts, dtype, tolerance):
+    layouts = [{**sizes, "recompute": i % 2 == (dtype == torch.float64)} for i, sizes in enumerate(layouts)]
     changes = {"num_hidden_layers": 3}
-    on_ranks(4, compare, layouts, dtype, tolerance, changes, reference(dtype, **changes))
+    on_ranks(world, compare, layouts, dtype, tolerance, changes, reference(dtype, **changes))
 
 
 def gradients_by_schedule(schedules, fp8):
