@@ -251,6 +251,8 @@ class GradientBuckets:
             p.grad = None
 
     def _arrived(self, bucket: Bucket, index: int) -> None:
+        if bucket.parameters[index].grad is None:
+            return  # an op left it for later: torch runs the hook all the same
         bucket.add(index)
         bucket.awaited.discard(index)
         while self._queue and not self._queue[0].awaited:
@@ -280,4 +282,11 @@ def _fill(named: Sequence[tuple[str, nn.Parameter]], grids: dict[str, Replicas],
             groups.append([])
         groups[-1].append(index)
     filled = sorted((g for groups in kinds.values() for g in groups), key=lambda g: g[-1], reverse=True)
-    return [Bucket([named[i] for i in group], grids[placement_of(named[group[0]][1]).replicas], sharding.zero) for group in filled]
+    return [_bucket([named[i] for i in group], grids, sharding.zero) for group in filled]
+
+
+def _bucket(named: Sequence[tuple[str, nn.Parameter]], grids: dict[str, Replicas], zero: int) -> Bucket:
+    replicas = placement_of(named[0][1]).replicas
+    # An embedding's replicas lie on two pipeline stages. The earlier one has a microbatch's gradient only after the later one is through
+    # with that microbatch: waiting for their sum in a backward, as ZeRO-2 does, would be waiting for oneself.
+    return Bucket(named, grids[replicas], min(zero, 1) if replicas == "embedding" else zero)

@@ -139,7 +139,10 @@ def test_weight_gradients_come_at_once_or_later():
     with later.collecting() as left:
         deferred(x).square().sum().backward()
     assert len(left) == 1
+    arrived = []
+    deferred.weight.register_post_accumulate_grad_hook(lambda p: arrived.append(p.grad.clone()))
     assert torch.allclose(deferred.weight.grad, expected_w, rtol=1e-12)  # unchanged
     compute_left(left)
     assert torch.allclose(deferred.weight.grad, 2 * expected_w, rtol=1e-12)
+    assert len(arrived) == 1
     assert left == []
