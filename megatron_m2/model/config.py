@@ -32,6 +32,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     fp32_head: bool = False  # the head in fp32 throughout; without it logits of generation are rounded to the weights' dtype
     fp8_experts: bool = False  # products of the experts and their gradients in blockwise FP8; needs bf16 weights and even widths
+    fp8_dense: bool = False  # the same of the attention's projections, where TransformerEngine is importable on a GPU
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -46,12 +46,12 @@ def now_or_later(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None
     return None
 
 
-@torch.no_grad()
 def compute_left(left: Left) -> None:
-    """Computes what was left and adds it to the weights' gradients; hooks on the weights do not run."""
+    """Computes what was left and adds it to the weights' gradients, as a backward does: hooks on the weights run."""
     for weight, compute in left:
-        grad = compute()
-        weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+        with torch.no_grad():
+            grad = compute()
+        torch.autograd.backward(weight, grad)
     left.clear()
 
 

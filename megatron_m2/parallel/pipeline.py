@@ -184,14 +184,14 @@ class Pipeline:
     later: Mapping[int, Later]
 
     def train(self, order: Iterable[Action], forward: Forward, shapes: Sequence[tuple[int, ...]],
-              after_backward: Callable[[int, int], None]) -> None:
+              before_backward: Callable[[int], None]) -> None:
         """Forward and backward of every microbatch.
 
         Args:
             shapes: of what passes between stages, per microbatch.
-            after_backward: called with stage and microbatch once the weights' gradients of that pair are there.
+            before_backward: called with the stage before what completes its weights' gradients of one microbatch.
         """
-        run = _Run(self, forward, shapes, after_backward)
+        run = _Run(self, forward, shapes, before_backward)
         for action in order:
             run.step(action)
         run.finish()
@@ -199,7 +199,7 @@ class Pipeline:
     @torch.no_grad()
     def forward_only(self, microbatches: int, forward: Forward, shapes: Sequence[tuple[int, ...]]) -> None:
         """Forward of every microbatch, one after the other through this rank's stages."""
-        run = _Run(self, forward, shapes, lambda stage, microbatch: None)
+        run = _Run(self, forward, shapes, lambda stage: None)
         for m in range(microbatches):
             for stage in sorted(self.chunks):
                 if stage > 0 and self.rank_of[stage - 1] != self.axis.rank:
@@ -214,8 +214,8 @@ class _Run:
     """State of one pass over the microbatches; keys are (stage, microbatch)."""
 
     def __init__(self, pipeline: Pipeline, forward: Forward, shapes: Sequence[tuple[int, ...]],
-                 after_backward: Callable[[int, int], None]) -> None:
-        self.pipeline, self.forward, self.shapes, self.after_backward = pipeline, forward, shapes, after_backward
+                 before_backward: Callable[[int], None]) -> None:
+        self.pipeline, self.forward, self.shapes, self.before_backward = pipeline, forward, shapes, before_backward
         self.inputs: dict[tuple[int, int], Tensor] = {}
         self.parts: dict[tuple[int, int], Part] = {}
         self.grads: dict[tuple[int, int], Tensor] = {}  # of outputs
@@ -232,8 +232,8 @@ class _Run:
         elif kind == "I":
             self._backward_input(key)
         elif kind == "W":
+            self.before_backward(action.stage)
             compute_left(self.halves.pop(key))
-            self.after_backward(*key)
         else:
             self._transfer(kind, key)
 
@@ -307,9 +307,10 @@ class _Run:
 
     def _backward(self, key: tuple[int, int]) -> None:
         part = self.parts.pop(key)
-        torch.autograd.backward(part.outputs(), self._output_grads(key, part))
+        grads = self._output_grads(key, part)
+        self.before_backward(key[0])
+        torch.autograd.backward(part.outputs(), grads)
         self._pass_gradient(key)
-        self.after_backward(*key)
 
     def _backward_input(self, key: tuple[int, int]) -> None:
         """The half that the stage before waits for."""

@@ -9,6 +9,7 @@ import torch
 
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.parallel.layout import Limits, ParallelConfig, check
+from megatron_m2.parallel.sharding import Sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -113,6 +114,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     stage: StageConfig = field(default_factory=lambda: StageConfig(steps=1))
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    sharding: Sharding = field(default_factory=Sharding)
     run: RunConfig = field(default_factory=lambda: RunConfig(dir="runs/unnamed"))
 
     def __post_init__(self) -> None:
@@ -152,7 +154,7 @@ class TrainConfig:
 
 
 GROUPS: dict[str, Any] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "stage": StageConfig, "parallel": ParallelConfig,
-                          "run": RunConfig}
+                          "sharding": Sharding, "run": RunConfig}
 
 
 def _require(legal: bool, name: str, value: object, what: str) -> None:

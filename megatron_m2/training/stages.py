@@ -16,7 +16,7 @@ from megatron_m2.parallel.context import TokenShards
 from megatron_m2.parallel.layout import ParallelConfig
 from megatron_m2.parallel.mesh import Mesh
 from megatron_m2.parallel.pipeline import SPLIT_BACKWARD, Action, Part, Pipeline, schedule, split_layers, stage_ranks
-from megatron_m2.training.losses import LossWeights, stage_loss
+from megatron_m2.training.losses import ForestLoss, LossWeights, stage_loss
 
 
 class ModelStages:
@@ -52,6 +52,12 @@ class ModelStages:
                     seen.add(name)
                     yield name, p
 
+    def _completed_by(self, stage: int) -> list[nn.Parameter]:
+        """Weights whose gradients of a forest are whole after this stage's backward: an embedding that two stages here share gets the
+        rest of its own from the first, which comes later."""
+        earlier = {id(p) for number, model in self.stages.items() if number < stage for p in model.parameters()}
+        return [p for p in self.stages[stage].parameters() if id(p) not in earlier]
+
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and router biases, under their names in the whole model."""
         return {name: value for stage in self.stages.values() for name, value in stage.state_dict().items()}
@@ -64,28 +70,39 @@ class ModelStages:
     # ---- passes ---------------------------------------------------------------------------------------------------------------
 
     def train(self, forests: Sequence[TokenForest], weights: LossWeights, mtp_weight: float, num_forests: int,
-              after_backward: Callable[[int, int], None] = lambda stage, microbatch: None) -> tuple[Tensor, Tensor]:
+              before_backward: Callable[[bool, Sequence[nn.Parameter]], None] = lambda last, parameters: None) -> tuple[Tensor, Tensor]:
         """Forward and backward over this rank's forests of one step; gradients stay where they were added.
 
         Args:
             weights, num_forests: of the whole step, over all ranks.
-            after_backward: called with stage and forest once its weights' gradients are there.
+            before_backward: told which weights get their gradients of one more forest next, and whether it is the step's last.
 
         Returns:
             This rank's share of the losses, fp64 [3]: next token, MTP, balance; and of the expert counts, int64 [layers + MTP, E].
         """
         losses, counts = torch.zeros(3, dtype=torch.float64), self._no_counts()
+        left = dict.fromkeys(self.stages, len(forests))
+
+        def announce(stage: int) -> None:
+            left[stage] -= 1
+            before_backward(left[stage] == 0, self._completed_by(stage))
 
         def forward(stage: int, microbatch: int, x: Tensor | None) -> Part:
-            model, forest = self.stages[stage], forests[microbatch]
-            output = model(forest, x)
-            loss = stage_loss(output, forest, weights, mtp_weight, num_forests)
+            part, loss, stage_counts = self.part(stage, forests[microbatch], x, weights, mtp_weight, num_forests)
             losses.add_(torch.stack([loss.lm.double(), loss.mtp.double(), loss.aux.double()]).cpu())
-            counts[model.counted_layers] += output.expert_counts
-            return Part(None if model.span.last else output.hidden_states, loss.total)
+            counts[self.stages[stage].counted_layers] += stage_counts
+            return part
 
-        self.pipeline.train(self._orders(len(forests))[self.mesh.pp.rank], forward, self._shapes(forests), after_backward)
+        self.pipeline.train(self._orders(len(forests))[self.mesh.pp.rank], forward, self._shapes(forests), announce)
         return losses, counts
+
+    def part(self, stage: int, forest: TokenForest, x: Tensor | None, weights: LossWeights, mtp_weight: float, num_forests: int
+             ) -> tuple[Part, ForestLoss, Tensor]:
+        """Forward of one forest through one stage: what the pipeline needs of it, its losses, and its expert counts."""
+        model = self.stages[stage]
+        output = model(forest, x)
+        loss = stage_loss(output, forest, weights, mtp_weight, num_forests)
+        return Part(None if model.span.last else output.hidden_states, loss.total), loss, output.expert_counts
 
     def logprobs(self, forests: Sequence[TokenForest]) -> tuple[Tensor, Tensor]:
         """Sum of the log-probs of all weighted tokens, fp64 scalar, and expert counts: this rank's shares. No gradients."""

@@ -48,7 +48,7 @@ class Trainer:
         torch.manual_seed(config.run.seed)  # its state is part of every checkpoint
         self.stages = ModelStages(config.model, config.parallel, mesh, DTYPES[config.run.dtype], self.device, config.run.seed,
                                   depth=config.data.seq_len // 2)
-        self.optimizer = MasterAdamW(self.stages.named_parameters(), config.optim)
+        self.optimizer = MasterAdamW(self.stages.named_parameters(), config.optim, mesh, config.sharding)
         self.step = 0
         self.tokens = 0
         self.folder = Path(config.run.dir) / "checkpoints"
@@ -70,7 +70,7 @@ class Trainer:
         forests = [next(self.stream).to(self.device, non_blocking=True) for _ in range(stage.forests_per_step // mesh.dp.size)]
         weights = LossWeights.of(forests, self.config.model.num_mtp_modules, partial(total, axis=mesh.dp))
         mtp_weight = schedule.mtp_weight(self.step, stage)
-        losses, counts = self.stages.train(forests, weights, mtp_weight, stage.forests_per_step)
+        losses, counts = self.stages.train(forests, weights, mtp_weight, stage.forests_per_step, self.optimizer.before_backward)
         lr = schedule.learning_rate(self.step, self.config.optim, stage)
         grad_norm = self.optimizer.step(lr)
         self.last_counts = counts = total(counts, mesh.world)
