@@ -49,7 +49,8 @@ def layer_kept(job: Job, layout: Layout, s: Shares) -> dict[str, int]:
         router += s.rank * m.num_experts * _FP32  # scores
     dispatch = 0
     if layout.parallel.ep > 1:
-        dispatch = 2 * s.sent * _INT64 + s.came * m.top_k * _FP32  # where each row is from, with its rank; weights that came
+        # where each row is from, with its rank; weights that came; in fp32 the rows that came back, which torch's index_add keeps
+        dispatch = 2 * s.sent * _INT64 + s.came * m.top_k * _FP32 + s.sent * w.hidden * _FP32
     return {"norms": norms, "attention": attention, "router": router, "dispatch": dispatch, "experts": _experts_kept(job, w, s)}
 
 

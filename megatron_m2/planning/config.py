@@ -25,7 +25,8 @@ class PlanConfig:
         pp, vpp, cp, tp, ep: sizes of the axes, chunks per stage. schedule: "1f1b" or "zero_bubble".
         recompute, zero: as in :class:`~megatron_m2.planning.job.Layout`; None: the fastest that fits.
         top: layouts to print.
-        dispatch_fp8, node_dedup, lean_experts, imbalance, hide_ep, hide_tp, hide_cp, hide_dp, hide_pp: see :class:`~megatron_m2.planning.job.Options`.
+        dispatch_fp8, node_dedup, lean_experts, imbalance, hide_ep, hide_tp, hide_cp, hide_dp, hide_pp: see
+            :class:`~megatron_m2.planning.job.Options`.
     """
 
     seq_len: int = 8192

@@ -68,7 +68,8 @@ def _layouts(config: PlannerConfig, plans: Sequence[Plan]) -> str:
                      layout.schedule, "yes" if layout.recompute else "no", str(layout.zero), f"{plan.memory.total / 1e9:.1f}",
                      f"{t.total:.3g}", f"{t.tokens_per_s:,.0f}", f"{t.tokens_per_s / t.ranks:,.0f}", f"{100 * t.mfu:.1f}%",
                      f"{100 * t.seconds['idle'] / t.total:.0f}%"])
-    header = ["pp", "vpp", "cp", "tp", "ep", "dp", "forest", "schedule", "recompute", "zero", "GB", "s/step", "tokens/s", "each", "MFU", "idle"]
+    header = ["pp", "vpp", "cp", "tp", "ep", "dp", "forest", "schedule", "recompute", "zero", "GB", "s/step", "tokens/s", "each", "MFU",
+              "idle"]
     return table(header, rows)
 
 
@@ -127,8 +128,8 @@ def _assumptions(device: Device) -> str:
 
 def calibration(comparisons: Sequence[Comparison]) -> str:
     """Published runs and the estimates beside them."""
-    rows = [[c.run.name, c.run.routing, f"{c.run.tokens_per_s:,.0f}", f"{c.tokens_per_s:,.0f}", f"{c.ratio:.2f}", f"{100 * c.time.mfu:.1f}%",
-             c.run.source, c.run.differs] for c in comparisons]
+    rows = [[c.run.name, c.run.routing, f"{c.run.tokens_per_s:,.0f}", f"{c.tokens_per_s:,.0f}", f"{c.ratio:.2f}",
+             f"{100 * c.time.mfu:.1f}%", c.run.source, c.run.differs] for c in comparisons]
     ratios = [c.ratio for c in comparisons]
     return (table(["published run", "routing", "tokens/s each", "estimate", "ratio", "MFU", "source", "left out"], rows)
             + f"\nestimates are {min(ratios):.2f} to {max(ratios):.2f} times what was published")
@@ -138,14 +139,19 @@ def values(config: PlannerConfig, found: Found, stretches: Sequence[Stretch], ch
     """The same for a program."""
     return {"parameters": config.model.num_parameters(), "ranks": config.cluster.ranks, "fitting": len(found.plans),
             "too_large": found.too_large, "refused": found.refused,
-            "plans": [_plan_values(plan) for plan in found.plans[: config.plan.top]], "checkpoints": asdict(checkpoints),
-            "recipe": [{"name": s.name, **asdict(s.stage), "days": s.days if s.plan else None, "days_with_failures": s.elapsed if s.plan else None,
-                        "plan": _plan_values(s.plan) if s.plan else None, "why": s.why} for s in stretches]}
+            "plans": [_plan_values(plan) for plan in found.plans[: config.plan.top]],
+            "checkpoints": asdict(checkpoints), "recipe": [_stretch_values(s) for s in stretches]}
+
+
+def _stretch_values(s: Stretch) -> dict[str, Any]:
+    if s.plan is None:
+        return {"name": s.name, **asdict(s.stage), "plan": None, "why": s.why}
+    return {"name": s.name, **asdict(s.stage), "days": s.days, "days_with_failures": s.elapsed, "plan": _plan_values(s.plan)}
 
 
 def _plan_values(plan: Plan) -> dict[str, Any]:
     t = plan.time
     return {"layout": asdict(plan.layout), "dp": plan.layout.parallel.dp(t.ranks), "fullest_stage": plan.stage,
-            "memory_bytes": {**asdict(plan.memory), "total": plan.memory.total}, "seconds": {**t.seconds, "total": t.total}, "flops": t.flops,
-            "tokens_per_s": t.tokens_per_s, "tokens_per_s_per_gpu": t.tokens_per_s / t.ranks, "mfu": t.mfu,
+            "memory_bytes": {**asdict(plan.memory), "total": plan.memory.total}, "seconds": {**t.seconds, "total": t.total},
+            "flops": t.flops, "tokens_per_s": t.tokens_per_s, "tokens_per_s_per_gpu": t.tokens_per_s / t.ranks, "mfu": t.mfu,
             "traffic": [{**x._asdict(), "bytes": x.bytes} for x in t.traffic]}

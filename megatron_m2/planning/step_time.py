@@ -100,8 +100,8 @@ def _layer(job: Job, layout: Layout, s: Shares, device: Device, backward: bool) 
     """Seconds of one decoder layer on one rank, without its traffic."""
     m, tp = job.model, layout.parallel.tp
     whole = m.forward_flops(s.cp, 0, 0) // m.num_hidden_layers
-    experts, router = 2 * s.cp * m.top_k * m.expert_parameters, 2 * s.cp * m.num_experts * m.hidden_size
-    projections, router = (whole - experts - router) / tp, router / tp
+    experts, router = 2 * s.cp * m.top_k * m.expert_parameters, 2 * s.cp * m.num_experts * m.hidden_size / tp
+    projections = (whole - experts) / tp - router
     mine = 2 * s.expert_rows * m.expert_parameters
     pairs = m.forward_flops(0, s.pairs, 0) / m.num_hidden_layers / tp
     elementwise = _elementwise_bytes(job, layout, s, backward) / device.hbm.value
