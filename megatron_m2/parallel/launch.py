@@ -1,0 +1,51 @@
+"""From the processes that torchrun started to a mesh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_m2.parallel.layout import ParallelConfig
+from megatron_m2.parallel.mesh import ONE, Mesh, build_mesh
+
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+
+
+def world_size(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes this one was started with: torchrun says so, as do the launchers that imitate it."""
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process speaks for all."""
+    return int(environment.get("RANK", "0")) == 0
+
+
+def local_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Number of this process on its host, which is the number of its GPU."""
+    return int(environment.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def join(config: ParallelConfig, device: torch.device, kv_heads: int) -> Iterator[Mesh]:
+    """The mesh over all processes, torn down at the end; a mesh of ones where there is one process.
+
+    Args:
+        device: of this rank's tensors: NCCL connects GPUs, gloo CPUs.
+        kv_heads: of the model.
+    """
+    if world_size() == 1:
+        yield ONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=config.timeout_s))
+    try:
+        yield build_mesh(config, device.type, kv_heads)
+    finally:
+        dist.destroy_process_group()
