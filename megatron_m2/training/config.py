@@ -171,10 +171,15 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     for name in values:
         if name not in GROUPS:
             raise ValueError(f"{name}: unknown group; known are {', '.join(GROUPS)}")
-    return TrainConfig(**{name: _typed(name, kind, values.get(name) or {}) for name, kind in GROUPS.items()})
+    return TrainConfig(**{name: typed(name, kind, values.get(name) or {}) for name, kind in GROUPS.items()})
 
 
-def _typed(group: str, kind: type, values: dict[str, Any]) -> Any:
+def typed(group: str, kind: type, values: dict[str, Any]) -> Any:
+    """One dataclass from plain values.
+
+    Raises:
+        ValueError: an unknown or missing key, or a value of the wrong type, naming it.
+    """
     assert is_dataclass(kind)
     by_name = {f.name: f for f in fields(kind)}
     converted = {}
