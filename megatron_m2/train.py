@@ -16,8 +16,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_m2.model.hf import save_hf
-from megatron_m2.model.m2 import M2Model
 from megatron_m2.parallel.launch import is_first, join, local_rank, world_size
 from megatron_m2.parallel.watchdog import leave, watched
 from megatron_m2.training import checkpoint
@@ -33,29 +31,21 @@ TERMINATED = 143  # what a shell reports of a process that SIGTERM ended
 _log = logging.getLogger("megatron_m2")
 
 
-def whole_model(trainer: Trainer) -> M2Model:
-    """The trained model in one piece; where ranks have parts of it, from the last checkpoint."""
-    if trainer.mesh.alone:
-        (model,) = trainer.stages.stages.values()
-        return model
-    return checkpoint.load_model(trainer.folder)
-
-
 def finish(trainer: Trainer) -> None:
     """Plot, sample and export of a complete run, and the lines that say where everything is."""
     run = trainer.config.run
-    model = whole_model(trainer) if run.sample_tokens or run.export else None
     folder = Path(run.dir)
     evaluation = read_metrics(folder / "metrics.jsonl")[-1]  # of the last step, which always evaluates
     tokenizer_dir = Path(trainer.config.data.path)
     plot_losses(folder / "metrics.jsonl", folder / "loss.png")
-    if run.sample_tokens and model is not None:
+    if run.sample_tokens:  # by the whole model: for one that fits into this process
+        model = checkpoint.load_model(trainer.folder, device=trainer.device)
         print("\n--- sample " + "-" * 60)
         print(sample_text(model, trainer.dataset.tokenizer(), run.sample_prompt, run.sample_tokens, run.seed))
         print("-" * 71)
     lines = {"checkpoint": trainer.folder, "metrics": folder / "metrics.jsonl", "plot": folder / "loss.png"}
-    if run.export and model is not None:
-        save_hf(model, folder / "hf", tokenizer_dir=tokenizer_dir)
+    if run.export:
+        checkpoint.export_hf(trainer.folder, folder / "hf", tokenizer_dir)
         lines["HF export"] = folder / "hf"
     print()
     for name, path in lines.items():

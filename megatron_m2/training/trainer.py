@@ -52,6 +52,7 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.folder = Path(config.run.dir) / "checkpoints"
+        self.saver = checkpoint.Saver(self.folder, config.run.keep_checkpoints, mesh)
         self.last_counts = torch.zeros(0, dtype=torch.int64)
 
     # ---- one step -------------------------------------------------------------------------------------------------------------
@@ -130,16 +131,19 @@ class Trainer:
     # ---- checkpoints ----------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        return {"model": self.stages.state_dict(), "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        return {"model": self.stages.boxes(), "optimizer": self.optimizer.state_dict(),
+                "rng": checkpoint.PerRank(torch.get_rng_state())}
 
-    def save(self) -> Path:
-        """Writes a checkpoint of this step.
+    def save(self, wait: bool = False) -> None:
+        """Starts to write a checkpoint of this step in the background; with ``wait`` it is there on return.
 
         Raises:
-            CheckpointError: it could not be written; earlier ones are untouched.
+            CheckpointError: it, or the one before, could not be written; earlier ones are untouched.
         """
         trainer = {"tokens": self.tokens, "stream": self.stream.state_dict(), "data": self.config.data.path}
-        return checkpoint.save(self.folder, self.step, self.config.model, self._state(), trainer, keep=self.config.run.keep_checkpoints)
+        self.saver.start(self.step, self.config.model, self._state(), trainer)
+        if wait:
+            self.saver.wait()
 
     def resume(self) -> bool:
         """Goes on from the newest checkpoint of the run's folder.
@@ -150,17 +154,17 @@ class Trainer:
         Raises:
             CheckpointError: it is damaged or of another model.
         """
-        found = checkpoint.checkpoints(self.folder)
-        if not found:
+        newest = checkpoint.newest(self.folder, self.mesh)
+        if newest is None:
             return False
-        saved = checkpoint.read_config(found[-1]).to_dict()
+        saved = checkpoint.read_config(newest).to_dict()
         for name, value in self.config.model.to_dict().items():
             if saved[name] != value:
-                raise checkpoint.CheckpointError(f"{found[-1]} is of another model: {name} = {saved[name]}, configured {value}; "
+                raise checkpoint.CheckpointError(f"{newest} is of another model: {name} = {saved[name]}, configured {value}; "
                                                  "choose another run.dir or the same model")
         state = self._state()
-        trainer = checkpoint.load(found[-1], state)
-        torch.set_rng_state(state["rng"])
+        trainer = checkpoint.load(newest, state, self.mesh)
+        torch.set_rng_state(state["rng"].local)
         self.optimizer.write_back()
         self.stream.load_state_dict(trainer["stream"])
         self.step, self.tokens = trainer["step"], trainer["tokens"]
@@ -245,7 +249,7 @@ def fit(trainer: Trainer, resolved: dict[str, Any]) -> bool:
                     log.write(trainer.step, {**values, **meter.read()})
                 log.progress(trainer.step, {"loss": f"{values['loss/lm']:.3f}", "tok/s": f"{values['throughput/tokens_per_s']:,.0f}"})
                 if last or stop or (run.save_every and trainer.step % run.save_every == 0):
-                    trainer.save()
+                    trainer.save(wait=bool(last or stop))
                 if stop and not last:
                     _log.warning("stopped by %s after step %d; saved, the same command goes on from there",
                                  signal.Signals(stop).name, trainer.step)

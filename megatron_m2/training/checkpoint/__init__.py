@@ -10,9 +10,9 @@ What several ranks have is written once. No rank ever holds a whole tensor of wh
 """
 
 from megatron_m2.training.checkpoint.folder import CheckpointError, checkpoints, read_config, remove_unfinished, resolve, verify
-from megatron_m2.training.checkpoint.reading import export_hf, load, load_model
+from megatron_m2.training.checkpoint.reading import export_hf, load, load_model, newest
 from megatron_m2.training.checkpoint.tensors import PerRank
 from megatron_m2.training.checkpoint.writing import Saver, save, save_model
 
-__all__ = ["CheckpointError", "PerRank", "Saver", "checkpoints", "export_hf", "load", "load_model", "read_config", "remove_unfinished",
-           "resolve", "save", "save_model", "verify"]
+__all__ = ["CheckpointError", "PerRank", "Saver", "checkpoints", "export_hf", "load", "load_model", "newest", "read_config",
+           "remove_unfinished", "resolve", "save", "save_model", "verify"]

@@ -11,9 +11,15 @@ import torch
 from megatron_m2.model.hf import write_hf
 from megatron_m2.model.m2 import M2Model, build_model
 from megatron_m2.parallel.mesh import ONE, Mesh
-from megatron_m2.training.checkpoint.folder import read_config, resolve, verify
+from megatron_m2.training.checkpoint.folder import checkpoints, read_config, resolve, verify
 from megatron_m2.training.checkpoint.ranks import Ranks
 from megatron_m2.training.checkpoint.tensors import StateReader, flatten
+
+
+def newest(folder: str | Path, mesh: Mesh = ONE) -> Path | None:
+    """The newest complete checkpoint that rank 0 sees, so that all ranks go on from the same; they call it together."""
+    found = Ranks.of(mesh).on_first(f"cannot look into {folder}", lambda: checkpoints(folder)[-1:])
+    return found[0] if found else None
 
 
 def load(path: str | Path, state: dict[str, Any], mesh: Mesh = ONE) -> dict[str, Any]:
