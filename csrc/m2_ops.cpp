@@ -113,6 +113,19 @@ TORCH_LIBRARY(m2_ops, m) {
   m.def("ep_combine(Tensor[] rows, Tensor row) -> Tensor");
   // bf16 of quantize_rows' codes and scales; rows may lie apart.
   m.def("ep_dequantize(Tensor codes, Tensor scales) -> Tensor");
+
+  // ---- peer memory: bytes of one GPU that the other ranks of its node write to; CUDA only --------------------------------------------
+  // A flag is one int64 of such memory. A signal follows all that its stream did before; what its stream does after a wait follows it.
+
+  // -> uint8 [bytes], zeros
+  m.def("peer_alloc(int bytes, Device device) -> Tensor");
+  // -> uint8 [64] on the CPU, for peer_open in another process; that fails where this GPU cannot reach the buffer's.
+  m.def("peer_handle(Tensor buffer) -> Tensor");
+  m.def("peer_open(Tensor handle, int bytes, Device device) -> Tensor");
+  // Sets every flag ([1] each).
+  m.def("peer_signal(Tensor(a!)[] flags, int value) -> ()");
+  // Until every one of flags [R] is at least value; a device assert after some 100 s.
+  m.def("peer_wait(Tensor flags, int value) -> ()");
 }
 
 // Importing megatron_m2._C runs the registrations of this library; the module itself only says what it was built with.

@@ -26,9 +26,7 @@ inline void check_table(const char* name, const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() == 2, name, ": shape ", x.sizes(), ", need two dimensions");
 }
 
-inline void check_ranks(int64_t ranks) {
-  TORCH_CHECK_VALUE(ranks >= 1 && ranks <= kMaxRanks, "ranks: ", ranks, ", need 1 to ", kMaxRanks);
-}
+inline void check_ranks(int64_t ranks) { TORCH_CHECK_VALUE(ranks >= 1 && ranks <= kMaxRanks, "ranks: ", ranks, ", need 1 to ", kMaxRanks); }
 
 inline void check_plan(const at::Tensor& experts, int64_t num_experts, int64_t ranks) {
   check_table("experts", experts);
@@ -85,8 +83,8 @@ inline void check_combine(at::TensorList rows, const at::Tensor& row) {
   const at::ScalarType type = rows[0].scalar_type();
   TORCH_CHECK_VALUE(type == at::kBFloat16 || type == at::kFloat || type == at::kDouble, "rows: ", type, ", need BFloat16, Float or Double");
   for (const at::Tensor& x : rows) {
-    TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == rows[0].size(1) && x.scalar_type() == type && x.is_contiguous(), "rows: ",
-                      x.scalar_type(), " ", x.sizes(), ", need contiguous ", type, " [rows, ", rows[0].sizes().back(), "]");
+    TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == rows[0].size(1) && x.scalar_type() == type && x.is_contiguous(),
+                      "rows: ", x.scalar_type(), " ", x.sizes(), ", need contiguous ", type, " [rows, ", rows[0].sizes().back(), "]");
     TORCH_CHECK_VALUE(x.device() == row.device(), "rows: on ", x.device(), ", need ", row.device());
   }
 }

@@ -160,8 +160,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute_layout(const at::Tensor& 
                                                          counts.mutable_data_ptr<int32_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   place_kernel<<<num_experts, kSortThreads, 0, stream>>>(experts.const_data_ptr<int32_t>(), routed, std::max<int64_t>(1, experts.size(1)),
-                                                         block, token.size(0), counts.const_data_ptr<int32_t>(), ends.mutable_data_ptr<int32_t>(),
-                                                         token.mutable_data_ptr<int32_t>(), row.mutable_data_ptr<int32_t>());
+                                                         block, token.size(0), counts.const_data_ptr<int32_t>(),
+                                                         ends.mutable_data_ptr<int32_t>(), token.mutable_data_ptr<int32_t>(),
+                                                         row.mutable_data_ptr<int32_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {ends, token, row};
 }

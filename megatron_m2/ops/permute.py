@@ -70,7 +70,7 @@ def permute_layout(experts_TK: Tensor, num_experts: int, block: int = 1, routed:
         routed: at most so many slots have an expert; default all. There are rows for so many.
 
     Raises:
-        ValueError: dtype or shape does not fit, more slots have an expert (on the CPU), or an expert is out of range (on the CPU), naming the argument.
+        ValueError: dtype or shape does not fit, more slots have an expert or one is out of range (both on the CPU), naming the argument.
     """
     if experts_TK.dim() != 2 or experts_TK.dtype != torch.int32:
         raise ValueError(f"experts: {experts_TK.dtype} {list(experts_TK.shape)}, need torch.int32 [tokens, top_k]")

@@ -1,4 +1,4 @@
-"""Rows from every rank to every other as messages under way: posted, worked beside, waited for.
+"""Rows to the ranks of their experts and back, as messages under way: posted, worked beside, waited for.
 
 What a rank receives lies in order of ranks, its own rows last: they never travel.
 """
@@ -21,66 +21,42 @@ Write = Callable[[Sequence[Tensor]], None]  # fills a uint8 [rows, bytes] for ea
 
 
 class Traffic(Protocol):
-    """Rows of one chunk that this rank sends to each rank, and receives from it."""
+    """Rows of one chunk that this rank sends to each rank's experts, and receives from it for its own."""
 
     @property
     def send(self) -> Sequence[int]: ...
     @property
     def receive(self) -> Sequence[int]: ...
-
-
-class Dispatch(Traffic, Protocol):
-    """Traffic to the experts; ``choices``: how many of the rows' choices are this rank's."""
-
     @property
-    def choices(self) -> int: ...
+    def choices(self) -> int:
+        """How many of the choices of the rows received are this rank's experts."""
 
 
-@dataclass(frozen=True)
-class Backwards:
-    """The same rows going back."""
-
-    there: Traffic
-
-    @property
-    def send(self) -> Sequence[int]:
-        return self.there.receive
-
-    @property
-    def receive(self) -> Sequence[int]:
-        return self.there.send
-
-
-class Message:
+class Message(Protocol):
     """Rows under way."""
 
-    def __init__(self, rows: Tensor, work: dist.Work, sent: Tensor) -> None:
-        self._rows, self._work, self._sent = rows, work, sent  # what is sent must not be freed before it has gone
-
-    def wait(self) -> Tensor:
-        self._work.wait()
-        return self._rows
+    def wait(self) -> Tensor: ...
 
 
 class Exchange(Protocol):
     """A way for rows to travel among the ranks of an axis. All ranks call the same methods in the same order."""
 
-    @property
-    def axis(self) -> Axis: ...
+    axis: Axis
 
-    def traffic(self, counts_RC2: Tensor) -> Sequence[Dispatch]:
+    def traffic(self, counts_RC2: Tensor) -> Sequence[Traffic]:
         """Of each chunk, from the int32 [R, C, 2] rows and choices of each that this rank sends to each rank."""
 
     def pack(self, write: Write, row_bytes: int, traffic: Traffic, device: torch.device) -> Message:
-        """Sends what ``write`` writes; uint8 [sum(receive), row_bytes] arrive, own rows last."""
+        """Sends what ``write`` writes to the experts; uint8 [sum(receive), row_bytes] arrive, own rows last."""
 
-    def send(self, rows: Tensor, traffic: Traffic) -> Message:
-        """Sends rows that lie as those that ``pack`` delivers; those of the other ranks arrive, and own rows are left where they are."""
+    def send_back(self, rows: Tensor, traffic: Traffic) -> Message:
+        """Sends [sum(receive), W], which lie as ``pack`` delivers them, to where those came from; [sum(send) - own, W] arrive, and own
+        rows are left where they are."""
 
 
 def by_rank(others: Tensor, own: Tensor, rows: Sequence[int], rank: int) -> list[Tensor]:
     """The part of each rank, ``rows`` long, of what lies as an exchange delivers it."""
-    parts = others.split(_without(rows, rank))
+    parts = others.split([*rows[:rank], *rows[rank + 1 :]])
     return [*parts[:rank], own, *parts[rank:]]
 
 
@@ -89,17 +65,13 @@ def split_own(rows: Tensor, own: int) -> tuple[Tensor, Tensor]:
     return rows[: len(rows) - own], rows[len(rows) - own :]
 
 
-def _without(rows: Sequence[int], rank: int) -> list[int]:
-    return [*rows[:rank], *rows[rank + 1 :]]
-
-
 class AllToAll:
     """By ``all_to_all_single`` of the axis' process group: one message of counts for all chunks, one of rows for each."""
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
 
-    def traffic(self, counts_RC2: Tensor) -> Sequence[Dispatch]:
+    def traffic(self, counts_RC2: Tensor) -> Sequence[Traffic]:
         counts = _Counts(counts_RC2, self.axis)
         return [_Chunk(counts, chunk) for chunk in range(counts_RC2.shape[1])]
 
@@ -110,19 +82,19 @@ class AllToAll:
         write(by_rank(sent, nothing, traffic.send, rank))  # while the counts travel
         rows = nothing.new_empty(sum(traffic.receive), row_bytes)
         others, mine = split_own(rows, own)
-        work = self._post(others, sent, traffic)
+        work = self._post(others, sent, traffic.receive, traffic.send)
         write([mine if r == rank else nothing for r in range(self.axis.size)])  # while the rows travel
-        return Message(rows, work, sent)
+        return _Message(rows, work, sent)
 
-    def send(self, rows: Tensor, traffic: Traffic) -> Message:
+    def send_back(self, rows: Tensor, traffic: Traffic) -> Message:
         own = traffic.send[self.axis.rank]
-        others, _ = split_own(rows.contiguous(), own)
-        arriving = rows.new_empty(sum(traffic.receive) - own, *rows.shape[1:])
-        return Message(arriving, self._post(arriving, others, traffic), others)
+        others, _ = split_own(rows, own)
+        arriving = rows.new_empty(sum(traffic.send) - own, rows.shape[1])
+        return _Message(arriving, self._post(arriving, others, traffic.send, traffic.receive), others)
 
-    def _post(self, arriving: Tensor, sent: Tensor, traffic: Traffic) -> dist.Work:
-        send, receive = list(traffic.send), list(traffic.receive)
-        send[self.axis.rank] = receive[self.axis.rank] = 0
+    def _post(self, arriving: Tensor, sent: Tensor, receive: Sequence[int], send: Sequence[int]) -> dist.Work:
+        receive, send = list(receive), list(send)
+        receive[self.axis.rank] = send[self.axis.rank] = 0
         return _all_to_all(arriving, sent, self.axis, receive, send)
 
 
@@ -132,13 +104,22 @@ def _all_to_all(arriving: Tensor, sent: Tensor, axis: Axis, receive: list[int] |
     return work
 
 
+class _Message:
+    def __init__(self, rows: Tensor, work: dist.Work, sent: Tensor) -> None:
+        self._rows, self._work, self._sent = rows, work, sent  # what is sent must not be freed before it has gone
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        return self._rows
+
+
 class _Counts:
     """Rows and choices of each chunk from rank to rank, [2][C][R]. Those to receive arrive while the first rows are packed."""
 
     def __init__(self, counts_RC2: Tensor, axis: Axis) -> None:
         sent = counts_RC2.contiguous()
         arriving = torch.empty_like(sent)
-        self._message: Message | None = Message(arriving, _all_to_all(arriving, sent, axis), sent)
+        self._message: _Message | None = _Message(arriving, _all_to_all(arriving, sent, axis), sent)
         self.send: list[list[list[int]]] = sent.permute(2, 1, 0).tolist()
         self._receive: list[list[list[int]]] = []
 

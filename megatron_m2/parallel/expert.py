@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_m2.ops.expert_parallel import combine_rows, dequantize_rows, pack_rows, plan_rows
 from megatron_m2.ops.fp8 import E4M3, quantize_rows
-from megatron_m2.parallel.exchange import AllToAll, Backwards, Dispatch, Exchange, Message, by_rank, split_own
+from megatron_m2.parallel.exchange import AllToAll, Exchange, Message, Traffic, by_rank, split_own
 from megatron_m2.parallel.mesh import Axis
 
 # Shape suffixes: T tokens of this rank, H hidden, K experts per token, R ranks; M tokens that came.
@@ -57,13 +57,13 @@ def expert_parallel(x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, num_ex
     traffics = exchange.traffic(torch.stack([plan.counts for plan in plans], 1))
     row = _MessageRow.of(x_TH, weights_TK, num_experts // axis.size, fp8_payload)
     trips = [_Trip(exchange, traffic, row) for traffic in traffics]
-    todo = zip(*parts, (plan.row for plan in plans), trips, strict=True)
-    under_way = _Send.apply(*next(todo))
-    returning = []
-    for trip in trips:
+    leave = [partial(_Send.apply, *chunk) for chunk in zip(*parts, (plan.row for plan in plans), trips, strict=True)]
+    under_way, returning = leave[0](), []
+    for i, trip in enumerate(trips):
         # The next chunk is sent before this one is waited for. Autograd runs its nodes in the reverse of this order, which overlaps too.
-        arriving, under_way = under_way, _Send.apply(*following) if (following := next(todo, None)) else None
-        returning.append(_Return.apply(local(*_Arrive.apply(arriving, trip), trip.there.choices), trip))
+        arriving, under_way = under_way, leave[i + 1]() if i + 1 < chunks else None
+        x_MH, weights_MK, experts_MK = _Arrive.apply(arriving, trip)
+        returning.append(_Return.apply(local(x_MH, weights_MK, experts_MK, trip.traffic.choices), trip))
     sums = [_Sum.apply(link, plan.row, trip) for link, plan, trip in zip(returning, plans, trips, strict=True)]
     return sums[0] if chunks == 1 else torch.cat(sums)
 
@@ -118,13 +118,13 @@ class _Trip:
     """One chunk's way to the experts and back, then that of its gradients. What is under way from one node of autograd to the next is
     kept here and not by the node, so that under activation checkpointing no message stays in memory until the backward."""
 
-    def __init__(self, exchange: Exchange, traffic: Dispatch, row: _MessageRow) -> None:
-        self.exchange, self.there, self.back, self.row = exchange, traffic, Backwards(traffic), row
+    def __init__(self, exchange: Exchange, traffic: Traffic, row: _MessageRow) -> None:
+        self.exchange, self.traffic, self.row = exchange, traffic, row
         self._packed: Message | None = None
         self._sent: list[tuple[Message, Tensor]] = []  # messages, and own rows that stayed
 
     def pack(self, write: Callable[[Sequence[Tensor]], None], row_bytes: int, device: torch.device) -> None:
-        self._packed = self.exchange.pack(write, row_bytes, self.there, device)
+        self._packed = self.exchange.pack(write, row_bytes, self.traffic, device)
 
     def packed(self) -> Tensor:
         assert self._packed is not None
@@ -132,13 +132,13 @@ class _Trip:
         return rows
 
     def send_back(self, *tensors: Tensor) -> None:
-        own = self.there.send[self.exchange.axis.rank]
-        self._sent = [(self.exchange.send(rows, self.back), split_own(rows, own)[1]) for rows in tensors]
+        own = self.traffic.send[self.exchange.axis.rank]
+        self._sent = [(self.exchange.send_back(rows, self.traffic), split_own(rows, own)[1]) for rows in tensors]
 
     def sums(self, row_TR: Tensor) -> list[Tensor]:
         """Each token's sum of what was sent back."""
         sent, self._sent = self._sent, []
-        return [combine_rows(by_rank(message.wait(), own, self.there.send, self.exchange.axis.rank), row_TR) for message, own in sent]
+        return [combine_rows(by_rank(message.wait(), own, self.traffic.send, self.exchange.axis.rank), row_TR) for message, own in sent]
 
 
 # Four nodes of autograd: the rows leave, arrive, leave again, arrive. What links two of them is an empty tensor.
