@@ -42,10 +42,10 @@ class Dataset:
         return Tokenizer.load(self.folder)
 
     def stream(self, blend: Mapping[str, float], *, tokens_per_forest: int, seq_len: int, seed: int,
-               open_documents: int = 1) -> ForestStream:
+               open_documents: int = 1, rank: int = 0, world: int = 1) -> ForestStream:
         """The training documents: see :class:`megatron_m2.data.stream.ForestStream`."""
         return ForestStream(self.train, blend, tokens_per_forest=tokens_per_forest, seq_len=seq_len, seed=seed,
-                            open_documents=open_documents)
+                            open_documents=open_documents, rank=rank, world=world)
 
     def held_out(self, name: str, tokens_per_forest: int, seq_len: int, max_tokens: int = 0) -> tuple[Iterator[TokenForest], int]:
         """Held-out documents of a dataset and the bytes of their text.

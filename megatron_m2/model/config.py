@@ -32,6 +32,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     fp32_head: bool = False  # the head in fp32 throughout; without it logits of generation are rounded to the weights' dtype
     fp8_experts: bool = False  # products of the experts and their gradients in blockwise FP8; needs bf16 weights and even widths
+    fp8_dense: bool = False  # the same of the attention's projections, where TransformerEngine is importable on a GPU
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -119,6 +120,15 @@ class ModelConfig:
         layers = 2 * linear * (tokens * self.num_hidden_layers + mtp_tokens) + 4 * self.hidden_size**2 * mtp_tokens
         attention = pairs_cost * visible_pairs * self.num_hidden_layers + pairs_cost * visible_pairs * mtp_tokens // max(tokens, 1)
         return layers + attention + 2 * self.vocab_size * self.hidden_size * predicted
+
+    def layer_flops(self, depth: int) -> int:
+        """Of the forward of one decoder layer for one token that sees ``depth`` others."""
+        return self.forward_flops(1, depth + 1, 0) // self.num_hidden_layers
+
+    def last_flops(self, depth: int) -> int:
+        """Of what follows the layers, for one such token: the head, and every MTP module with its own use of the head."""
+        k = self.num_mtp_modules
+        return self.forward_flops(1, depth + 1, 1 + k, k) - self.forward_flops(1, depth + 1, 0)
 
     # ---- dictionaries ---------------------------------------------------------------------------------------------------------
 

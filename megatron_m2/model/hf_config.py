@@ -30,7 +30,8 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
 def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     """Our config from the object in ``config.json``.
 
-    ``router_aux_loss_coef``, ``fp32_head`` and ``fp8_experts`` are choices of a run, not of the weights, and keep their defaults.
+    ``router_aux_loss_coef``, ``fp32_head``, ``fp8_experts`` and ``fp8_dense`` are choices of a run, not of the weights: they keep their
+    defaults.
 
     Raises:
         ValueError: naming the field: missing, of another model, or something M2 does not have.

@@ -12,13 +12,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.ops.experts import swiglu_experts
 from megatron_m2.ops.norm_rope import Rotary, norm_rope, rms_norm, row_sum_squares
 from megatron_m2.ops.router import sigmoid_router
+from megatron_m2.ops.weight_grad import linear
 from megatron_m2.parallel.collectives import all_sum, gather_rows, scatter_sum_rows, total
 from megatron_m2.parallel.expert import expert_parallel
 from megatron_m2.parallel.layout import part
@@ -73,10 +73,10 @@ class Attention(nn.Module):
         self.full_width = config.q_size, config.kv_size
         q = part(config.q_size, tp, rank)
         kv = part(config.kv_size, tp // self.kv_copies, rank // self.kv_copies)
-        self.q_proj = split_linear(hidden, config.q_size, 0, q, "heads", dtype)
-        self.k_proj = split_linear(hidden, config.kv_size, 0, kv, "kv", dtype)
-        self.v_proj = split_linear(hidden, config.kv_size, 0, kv, "kv", dtype)
-        self.o_proj = split_linear(config.q_size, hidden, 1, q, "heads", dtype)
+        self.q_proj = split_linear(hidden, config.q_size, 0, q, "heads", dtype, config.fp8_dense)
+        self.k_proj = split_linear(hidden, config.kv_size, 0, kv, "kv", dtype, config.fp8_dense)
+        self.v_proj = split_linear(hidden, config.kv_size, 0, kv, "kv", dtype, config.fp8_dense)
+        self.o_proj = split_linear(config.q_size, hidden, 1, q, "heads", dtype, config.fp8_dense)
         self.q_norm = RMSNorm(q[1] - q[0], config.rms_norm_eps, dtype)
         self.k_norm = RMSNorm(kv[1] - kv[0], config.rms_norm_eps, dtype)
         placed(self.q_norm.weight, 0, q, config.q_size, "heads")
@@ -120,7 +120,7 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Logits [T, E] in the router's own precision."""
-        return F.linear(x_TH.to(self.weight.dtype), self.weight)
+        return linear(x_TH.to(self.weight.dtype), self.weight)
 
 
 class MoE(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -20,10 +20,12 @@ from megatron_m2.model.layers import Attend, DecoderLayer, MoE, RMSNorm, Router,
 from megatron_m2.ops.linear_cross_entropy import linear_logprobs
 from megatron_m2.ops.norm_rope import Rotary, rotary_angles
 from megatron_m2.ops.tree_attention import tree_attention
+from megatron_m2.ops.weight_grad import Linear
 from megatron_m2.parallel.collectives import gather_rows
 from megatron_m2.parallel.context import TokenShards, VisibleKeys
 from megatron_m2.parallel.mesh import ONE, Mesh
-from megatron_m2.parallel.placement import placement_of
+from megatron_m2.parallel.pipeline import Span
+from megatron_m2.parallel.placement import placement_of, shared_by
 from megatron_m2.parallel.tensor import VocabEmbedding, VocabLinear, vocab_parallel_logprobs
 
 # Shape suffixes: T tokens of the forest, R those of this rank, C of its tp ranks together (all three the same on a mesh of ones),
@@ -31,23 +33,32 @@ from megatron_m2.parallel.tensor import VocabEmbedding, VocabLinear, vocab_paral
 
 
 @dataclass
-class M2Output:
-    """What ``model(forest)`` returns. On a mesh, this rank's share: summed over the ranks that share the forest it is the whole.
+class StageOutput:
+    """What a part of the model returns. On a mesh, this rank's share: summed over the ranks that share the forest it is the whole.
+
+    Attributes:
+        hidden_states: [R, H] of this rank's tokens, to be given to the next part; after the final norm in :class:`M2Output`.
+        expert_counts: int64 [this part's layers and MTP modules, E], choices of each expert, times ``forest.multiplicity`` where given.
+        aux_loss: fp32 scalar, balance loss times its coefficient, summed over these layers (0 when the coefficient is 0).
+    """
+
+    hidden_states: Tensor
+    expert_counts: Tensor
+    aux_loss: Tensor
+
+
+@dataclass
+class M2Output(StageOutput):
+    """What the whole model, or its last part, returns.
 
     Attributes:
         logprobs: fp32 [T], ``log p(tokens[t] | path to parent[t])`` of every token with a weight, 0 elsewhere. Fp64 in an fp64 model.
         mtp_logprobs: per MTP module k = 1..K the same [T]: the log-probability of token t seen k tokens further back than usual,
             for tokens of depth > k.
-        hidden_states: [R, H] after the final norm, of this rank's tokens.
-        expert_counts: int64 [L + K, E], choices of each expert per layer, times ``forest.multiplicity`` where given.
-        aux_loss: fp32 scalar, balance loss times its coefficient, summed over layers (0 when the coefficient is 0).
     """
 
     logprobs: Tensor
     mtp_logprobs: tuple[Tensor, ...]
-    hidden_states: Tensor
-    expert_counts: Tensor
-    aux_loss: Tensor
 
 
 class MTPModule(nn.Module):
@@ -60,7 +71,7 @@ class MTPModule(nn.Module):
         super().__init__()
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False, dtype=dtype)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, dtype)
         self.layer = DecoderLayer(config, dtype, mesh)
         self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
@@ -70,32 +81,48 @@ class MTPModule(nn.Module):
 
 
 class M2Model(nn.Module):
-    """MiniMax-M2 as a function of a token forest.
+    """MiniMax-M2, or one pipeline stage of it, as a function of a token forest.
+
+    The first stage has the embedding; the last one final norm, head and MTP modules, and for these a copy of the embedding, which both
+    stages train as one (``mesh.embedding``). Names of weights are those of the whole model on every stage.
 
     Args:
-        config: shape of the model.
+        config: shape of the whole model.
         dtype: of weights and compute; the router stays fp32 (fp64 in an fp64 model).
         mesh: this rank's place; it holds its part of the weights, :func:`megatron_m2.parallel.placement.placement_of` says which.
         recompute: keep only each layer's input for the backward, which runs the layer again.
+        span: the stage's layers; all of them by default.
+        embed_tokens: the first stage's embedding, where this rank has that stage too.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, mesh: Mesh = ONE, recompute: bool = False) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, mesh: Mesh = ONE, recompute: bool = False,
+                 span: Span | None = None, embed_tokens: VocabEmbedding | None = None) -> None:
         super().__init__()
         self.config, self.mesh, self.recompute = config, mesh, recompute
-        self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, mesh.tp, dtype)
-        self.layers = nn.ModuleList(DecoderLayer(config, dtype, mesh) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.lm_head = VocabLinear(config.hidden_size, config.vocab_size, mesh.tp, dtype)
-        self.mtp = nn.ModuleList(MTPModule(config, dtype, mesh) for _ in range(config.num_mtp_modules))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and compute, the router apart."""
-        return self.lm_head.weight.dtype
+        self.dtype = dtype  # of weights and compute, the router apart
+        self.span = span or Span(0, config.num_hidden_layers)
+        num_mtp = config.num_mtp_modules if self.span.last else 0
+        if self.span.first or num_mtp:
+            self.embed_tokens = embed_tokens or VocabEmbedding(config.vocab_size, config.hidden_size, mesh.tp, dtype)
+            if config.num_mtp_modules:
+                shared_by(self.embed_tokens, "embedding")
+        # other stages' layers keep their places, so that names count through
+        self.layers = nn.ModuleList(DecoderLayer(config, dtype, mesh) if self.span.start <= i < self.span.stop else nn.Identity()
+                                    for i in range(config.num_hidden_layers))
+        if self.span.last:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+            self.lm_head = VocabLinear(config.hidden_size, config.vocab_size, mesh.tp, dtype)
+        self.mtp = nn.ModuleList(MTPModule(config, dtype, mesh) for _ in range(num_mtp))
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return next(self.parameters()).device
+
+    @property
+    def counted_layers(self) -> list[int]:
+        """Which row of the whole model's ``expert_counts`` each of this part's rows is: decoder layers, then MTP modules."""
+        mtp = range(self.config.num_hidden_layers, self.config.num_hidden_layers + len(self.mtp))
+        return [*range(self.span.start, self.span.stop), *mtp]
 
     def init_weights(self, seed: int) -> None:
         """Normal of ``initializer_range``; what writes into the residual stream is smaller by sqrt(2 layers), norms are 1, biases 0.
@@ -128,39 +155,66 @@ class M2Model(nn.Module):
 
     # ---- mathematics ----------------------------------------------------------------------------------------------------------
 
-    def forward(self, forest: TokenForest) -> M2Output:
+    def forward(self, forest: TokenForest, x_RH: Tensor | None = None) -> StageOutput:
         """Log-probabilities of the forest's weighted tokens and what training needs beside them: see :class:`M2Output`.
+
+        Args:
+            x_RH: what the stage before returned as ``hidden_states``; for the first stage nothing.
+
+        Returns:
+            An :class:`M2Output`, or a :class:`StageOutput` of a stage that is not the last.
 
         Raises:
             ValueError: a token id outside the vocabulary, or a path longer than ``max_position_embeddings``.
         """
-        self._check(forest)
         shards = TokenShards.split(forest.depth, self.mesh)
-        embedding_RH = self.embed_tokens.embed(shards.of_cp(forest.tokens), shards.rows)
+        embedding_RH = None
+        if self.span.first or len(self.mtp):
+            self._check(forest)
+            embedding_RH = self.embed_tokens.embed(shards.of_cp(forest.tokens), shards.rows)
+        x_RH = embedding_RH if self.span.first else x_RH
+        assert x_RH is not None
         tokens = self._tokens(forest, shards)
-        trunk_RH, stats = self._layers(embedding_RH, tokens, [tokens.attend] * len(self.layers))
+        trunk_RH, stats = self._layers(x_RH, tokens, [tokens.attend] * (self.span.stop - self.span.start))
+        if not self.span.last:
+            return StageOutput(trunk_RH, *self._sum_up(stats, forest))
         hidden_RH = self.norm(trunk_RH)
         logprobs = self._logprobs(hidden_RH, forest, shards, None, len(forest))
-        mtp_logprobs = []
+        mtp_logprobs: list[Tensor] = []
+        if len(self.mtp):
+            assert embedding_RH is not None
+            mtp_logprobs, mtp_stats = self._predict_further(forest, shards, embedding_RH, trunk_RH)
+            stats += mtp_stats
+        return M2Output(hidden_RH, *self._sum_up(stats, forest), logprobs, tuple(mtp_logprobs))
+
+    def _predict_further(self, forest: TokenForest, shards: TokenShards, embedding_RH: Tensor, trunk_RH: Tensor
+                         ) -> tuple[list[Tensor], list[RouterStats]]:
+        """The MTP modules, one after the other: log-probs [T] and routing of each."""
+        mtp_logprobs, stats = [], []
+        logprob_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         index, sub, sub_shards, previous_RH = torch.arange(len(forest), device=forest.device), forest, shards, trunk_RH
-        embedded = shards  # whose rows embedding_RH has
         for module in cast(Sequence[MTPModule], self.mtp):
             parent, above = sub.parent, sub_shards
             sub, kept = sub.without_roots()
             index, sub_shards = index[kept], above.keep(kept)
             if len(sub) == 0 and self.mesh.alone:  # on a mesh the rank must keep step with the others
-                mtp_logprobs.append(torch.zeros_like(logprobs))
-                stats.append(RouterStats(torch.zeros_like(stats[0].counts_E), None))
+                mtp_logprobs.append(torch.zeros(len(forest), dtype=logprob_dtype, device=forest.device))
+                stats.append(RouterStats(torch.zeros(self.config.num_experts, dtype=torch.int64, device=forest.device), None))
                 previous_RH = previous_RH[:0]
                 continue
             parent_RH = above.fetch(previous_RH, parent[kept].long(), sub_shards)
-            embedding = embedding_RH.index_select(0, embedded.place(sub_shards.mine(index)))
+            embedding = embedding_RH.index_select(0, shards.place(sub_shards.mine(index)))
             previous_RH, s = self._run(module, embedding, parent_RH, self._tokens(sub, sub_shards))
             stats.append(s)
             mtp_logprobs.append(self._logprobs(module.final_layernorm(previous_RH), sub, sub_shards, index, len(forest)))
+        return mtp_logprobs, stats
+
+    def _sum_up(self, stats: Sequence[RouterStats], forest: TokenForest) -> tuple[Tensor, Tensor]:
+        """Counts [layers, E] and the balance loss."""
         aux = [s.aux_loss for s in stats if s.aux_loss is not None]
         aux_loss = self.config.router_aux_loss_coef * torch.stack(aux).sum() if aux else torch.zeros((), device=forest.device)
-        return M2Output(logprobs, tuple(mtp_logprobs), hidden_RH, torch.stack([s.counts_E for s in stats]), aux_loss)
+        counts = [s.counts_E for s in stats] or [torch.zeros(0, self.config.num_experts, dtype=torch.int64, device=forest.device)]
+        return torch.stack(counts) if stats else counts[0], aux_loss
 
     def trunk(self, embedding_TH: Tensor, position_T: Tensor, attends: Sequence[Attend]) -> tuple[Tensor, list[RouterStats]]:
         """The decoder layers of a mesh of ones, each with its own way to attend: [T, H] before the final norm, and each one's routing."""
@@ -168,7 +222,7 @@ class M2Model(nn.Module):
 
     def _layers(self, x_RH: Tensor, tokens: Tokens, attends: Sequence[Attend]) -> tuple[Tensor, list[RouterStats]]:
         stats = []
-        for layer, attend in zip(self.layers, attends, strict=True):
+        for layer, attend in zip(self.layers[self.span.start : self.span.stop], attends, strict=True):
             x_RH, s = self._run(layer, x_RH, replace(tokens, attend=attend))
             stats.append(s)
         return x_RH, stats
@@ -233,10 +287,21 @@ class M2Model(nn.Module):
 
 
 def build_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-                seed: int | None = None, mesh: Mesh = ONE, recompute: bool = False) -> M2Model:
-    """A model on ``device``; freshly initialised when a seed is given, else uninitialised (to be loaded)."""
+                seed: int | None = None, mesh: Mesh = ONE, recompute: bool = False, span: Span | None = None,
+                embed_tokens: VocabEmbedding | None = None) -> M2Model:
+    """A model (or a stage of one) on ``device``; freshly initialised when a seed is given, else uninitialised (to be loaded)."""
     with torch.device(device):
-        model = M2Model(config, dtype, mesh, recompute)
+        model = M2Model(config, dtype, mesh, recompute, span, embed_tokens)
     if seed is not None:
         model.init_weights(seed)
     return model
+
+
+def build_stages(config: ModelConfig, spans: Sequence[Span], mine: Iterable[int], dtype: torch.dtype, device: torch.device | str,
+                 seed: int | None, mesh: Mesh, recompute: bool) -> dict[int, M2Model]:
+    """This rank's stages of a pipeline, by number; the first and the last share one embedding where it has both."""
+    stages: dict[int, M2Model] = {}
+    for stage in sorted(mine):
+        shared = stages[0].embed_tokens if 0 in stages and spans[stage].last else None
+        stages[stage] = build_model(config, dtype, device, seed, mesh, recompute, spans[stage], shared)
+    return stages

@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 def _load() -> frozenset[str]:
-    """Device types that have kernels."""
+    """Device types that have kernels; on "meta" they have shapes."""
     if importlib.util.find_spec("megatron_m2._C") is None:
         _log.warning("megatron_m2._C is not built: the slower reference ops run. With a C++ compiler, build it by: %s", _BUILD)
         return frozenset()
@@ -22,10 +22,10 @@ def _load() -> frozenset[str]:
     except ImportError as error:  # most often a torch other than the one it was built with
         raise ImportError(f"megatron_m2._C does not load with torch {torch.__version__}; rebuild it by: {_BUILD}") from error
     if extension.with_cuda:
-        return frozenset({"cpu", "cuda"})
+        return frozenset({"cpu", "cuda", "meta"})
     if torch.version.cuda is not None:
         _log.warning("megatron_m2._C is built without CUDA: on a GPU the slower reference ops run. With nvcc, build it by: %s", _BUILD)
-    return frozenset({"cpu"})
+    return frozenset({"cpu", "meta"})
 
 
 _DEVICES = _load()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_m2.ops import _extension
+from megatron_m2.ops.weight_grad import now_or_later
 
 # Shape suffixes: R rows grouped by expert, E experts (groups), A and B widths of a product's input and output, H hidden, F expert width.
 
@@ -36,8 +37,23 @@ def grouped_mm_by_torch(x_RA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
     """:func:`grouped_mm` by torch's own kernel: bf16, A and B multiples of 8."""
     beyond = (torch.arange(len(x_RA), device=x_RA.device) >= ends_E[-1])[:, None]
     # torch leaves rows beyond the last group as it found them, in the output and in the gradient of its input
-    out: Tensor = F.grouped_mm(x_RA.masked_fill(beyond, 0.0), w_EBA.mT, offs=ends_E)
+    out: Tensor = _TorchGrouped.apply(x_RA.masked_fill(beyond, 0.0), w_EBA, ends_E)
     return out.masked_fill(beyond, 0.0)
+
+
+class _TorchGrouped(torch.autograd.Function):
+    """torch's grouped product; its own backward cannot leave the weights' gradient for later."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, ends)
+        ctx.weight = w
+        return F.grouped_mm(x, w.mT, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (x, ends), w = ctx.saved_tensors, ctx.weight
+        return F.grouped_mm(dy, w, offs=ends), now_or_later(w, lambda: F.grouped_mm(dy.mT, x, offs=ends)), None
 
 
 def grouped_swiglu_reference(x_RH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, ends_E: Tensor, product: Product = grouped_mm_reference
@@ -48,7 +64,8 @@ def grouped_swiglu_reference(x_RH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tenso
 
 
 def _kernel_takes(x: Tensor, *widths: int) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _extension.available() and all(w and w % 2 == 0 for w in widths)
+    here = x.device.type in ("cpu", "meta") and _extension.available()
+    return here and x.dtype == torch.bfloat16 and all(w and w % 2 == 0 for w in widths)
 
 
 def _product_of(x: Tensor, *widths: int) -> Product:
@@ -130,15 +147,17 @@ class _GroupedSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
         act, hidden = torch.ops.m2_ops.grouped_swiglu(x, gate_up, ends)
         ctx.save_for_backward(x, gate_up, down, ends, act, hidden)
+        ctx.weights = gate_up, down
         return torch.ops.m2_ops.grouped_mm(act, down, ends, True)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down, ends, act, hidden = ctx.saved_tensors
         ops = torch.ops.m2_ops
-        d_down = ops.grouped_wgrad(dy, act, ends)
+        d_down = now_or_later(ctx.weights[1], lambda: ops.grouped_wgrad(dy, act, ends))
         d_hidden = ops.grouped_swiglu_backward(dy, down, hidden, ends)
-        return ops.grouped_mm(d_hidden, gate_up, ends, False), ops.grouped_wgrad(d_hidden, x, ends), d_down, None
+        d_gate_up = now_or_later(ctx.weights[0], lambda: ops.grouped_wgrad(d_hidden, x, ends))
+        return ops.grouped_mm(d_hidden, gate_up, ends, False), d_gate_up, d_down, None
 
 
 # ---- torch.library: shapes for tracing, gradients ---------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from megatron_m2.ops.fp8 import (
 )
 from megatron_m2.ops.grouped_gemm import check_expert_weights, check_groups, group_slices
 from megatron_m2.ops.permute import Layout, unpermute
+from megatron_m2.ops.weight_grad import now_or_later
 
 # Shape suffixes: R rows grouped by expert, E experts (groups), A and B widths of a product's input and output.
 
@@ -137,6 +138,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         hidden = grouped_mm_codes(x, w_in, ends)
         act = swiglu_quantize(hidden)
         ctx.save_for_backward(*x, *w_in, *w_out, *act, hidden, *layout)
+        ctx.weights = gate_up, down
         return grouped_mm_codes(act, w_out, ends)
 
     @staticmethod
@@ -151,7 +153,8 @@ class _GroupedSwiGLU(torch.autograd.Function):
 
         d_hidden = swiglu_backward(grouped_mm_codes(quantize_rows(dy), w_out, layout.ends, transposed=False), hidden)
         dx_RH = grouped_mm_codes(quantize_rows(d_hidden), w_in, layout.ends, transposed=False)
-        return unpermute(dx_RH, layout), wgrad(d_hidden, x), wgrad(dy, act), None, None, None
+        d_gate_up = now_or_later(ctx.weights[0], lambda: wgrad(d_hidden, x))
+        return unpermute(dx_RH, layout), d_gate_up, now_or_later(ctx.weights[1], lambda: wgrad(dy, act)), None, None, None
 
 
 def grouped_swiglu_fp8(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, layout: Layout) -> Tensor:

@@ -106,7 +106,7 @@ def _tree_by_tree(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, subtree_end_T: Te
 
 
 def _kernel_takes(q: Tensor) -> bool:
-    dims = range(16, 257, 16) if q.device.type == "cpu" else (64, 128)
+    dims = (64, 128) if q.device.type == "cuda" else range(16, 257, 16)
     return q.dtype == torch.bfloat16 and _extension.available(q.device.type) and q.shape[2] in dims
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron_m2.parallel.mesh import Axis
 
 # torch 2.13 renamed them
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 # ---- rows ------------------------------------------------------------------------------------------------------------------------
 
@@ -98,6 +98,15 @@ def total(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
+def highest(x: Tensor, axis: Axis) -> Tensor:
+    """The largest over ranks, elementwise."""
+    if axis.size == 1:
+        return x
+    out = x.contiguous().clone()
+    dist.all_reduce(out, dist.ReduceOp.MAX, group=axis.group)
+    return out
+
+
 def all_to_all(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
     """:func:`exchange_rows` of any dtype."""
     if axis.size == 1:
@@ -112,7 +121,7 @@ def _gather(x: Tensor, axis: Axis, rows: tuple[int, ...]) -> Tensor:
     assert len(x) == rows[axis.rank], f"{len(x)} rows, of which there should be {rows[axis.rank]}"
     if min(rows) == max(rows):
         out = x.new_empty((sum(rows), *x.shape[1:]))
-        _all_gather(out, x.contiguous(), group=axis.group)
+        all_gather_single(out, x.contiguous(), group=axis.group)
         return out
     return all_to_all(x.repeat(axis.size, *[1] * (x.dim() - 1)), axis, [len(x)] * axis.size, rows)
 
@@ -120,7 +129,7 @@ def _gather(x: Tensor, axis: Axis, rows: tuple[int, ...]) -> Tensor:
 def _scatter_sum(x: Tensor, axis: Axis, rows: tuple[int, ...]) -> Tensor:
     if min(rows) == max(rows):
         out = x.new_empty((rows[0], *x.shape[1:]))
-        _reduce_scatter(out, x.contiguous(), group=axis.group)
+        reduce_scatter_single(out, x.contiguous(), group=axis.group)
         return out
     mine = rows[axis.rank]
     return all_to_all(x, axis, rows, [mine] * axis.size).unflatten(0, (axis.size, mine)).sum(0)

@@ -35,6 +35,7 @@ class Mesh:
         stage: dp x cp x tp, the ranks of one pipeline stage: replicas of a weight that nothing splits.
         heads: dp x cp, replicas of a weight that tp splits.
         kv: replicas of a key/value weight: ``heads`` times the tp ranks that hold the same head.
+        embedding: replicas of an embedding that MTP modules use too: ``heads`` of the first and of the last stage.
         ep: ranks that split the experts, neighbours within the stage; experts: replicas of one expert.
         world: everybody.
     """
@@ -47,6 +48,7 @@ class Mesh:
     stage: Axis = Axis()
     heads: Axis = Axis()
     kv: Axis = Axis()
+    embedding: Axis = Axis()
     ep: Axis = Axis()
     experts: Axis = Axis()
     world: Axis = Axis()
@@ -73,13 +75,15 @@ def build_mesh(config: ParallelConfig, device_type: str, kv_heads: int) -> Mesh:
     grid = init_device_mesh(device_type, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
     sequence, heads, stage = (grid[names]._flatten("_".join(names)) for names in (("cp", "tp"), ("dp", "cp"), ("dp", "cp", "tp")))
     folded = init_device_mesh(device_type, (pp, dp * cp * tp // config.ep, config.ep), mesh_dim_names=("pp", "experts", "ep"))
-    copies = max(1, tp // kv_heads)
-    kv = _axis(heads)
+    copies, ranks = max(1, tp // kv_heads), torch.arange(world)
+    kv = embedding = _axis(heads)
     if copies > 1:
-        kv = _axis_of(torch.arange(world).view(pp, dp * cp, tp // copies, copies).permute(0, 2, 1, 3).reshape(-1, dp * cp * copies))
+        kv = _axis_of(ranks.view(pp, dp * cp, tp // copies, copies).permute(0, 2, 1, 3).reshape(-1, dp * cp * copies))
+    if pp > 1 and not config.first_stage_with_last:
+        embedding = _axis_of(ranks.view(pp, dp * cp, tp)[[0, pp - 1]].permute(2, 0, 1).reshape(tp, -1))
     return Mesh(pp=_axis(grid["pp"]), dp=_axis(grid["dp"]), cp=_axis(grid["cp"]), tp=_axis(grid["tp"]), sequence=_axis(sequence),
-                stage=_axis(stage), heads=_axis(heads), kv=kv, ep=_axis(folded["ep"]), experts=_axis(folded["experts"]),
-                world=Axis(world, dist.get_rank(), dist.group.WORLD))
+                stage=_axis(stage), heads=_axis(heads), kv=kv, embedding=embedding, ep=_axis(folded["ep"]),
+                experts=_axis(folded["experts"]), world=Axis(world, dist.get_rank(), dist.group.WORLD))
 
 
 def _axis(mesh: DeviceMesh) -> Axis:
@@ -87,7 +91,6 @@ def _axis(mesh: DeviceMesh) -> Axis:
 
 
 def _axis_of(rows: torch.Tensor) -> Axis:
-    """The row of ranks that this rank is in."""
+    """The row of ranks that this rank is in; alone if in none."""
     group, _ = dist.new_subgroups_by_enumeration(rows.tolist())
-    assert group is not None
-    return Axis(group.size(), group.rank(), group)
+    return Axis() if group is None else Axis(group.size(), group.rank(), group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ class Placement:
 
     Attributes:
         dim, start, stop: the part is [start, stop) of dimension ``dim``; the whole is ``size`` there. dim -1: all of it.
-        replicas: the mesh's axis of ranks that hold this same part: "stage", "heads", "kv" or "experts".
+        replicas: the mesh's axis of ranks that hold this same part: "stage", "heads", "kv", "embedding" or "experts".
     """
 
     dim: int = -1
@@ -46,6 +46,12 @@ def placed(parameter: Tensor, dim: int, bounds: tuple[int, int], size: int, repl
     assert isinstance(parameter, nn.Parameter)
     parameter.placement = Placement(dim, *bounds, size, replicas)  # type: ignore[attr-defined]
     return parameter
+
+
+def shared_by(module: nn.Module, replicas: str) -> None:
+    """Says of a module's own weights that other ranks hold the same part of them."""
+    for parameter in module.parameters(recurse=False):
+        parameter.placement = replace(placement_of(parameter), replicas=replicas)  # type: ignore[attr-defined]
 
 
 def placement_of(parameter: Tensor) -> Placement:

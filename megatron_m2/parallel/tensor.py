@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_m2.ops.dense import dense_linear
 from megatron_m2.ops.linear_cross_entropy import SoftmaxParts, combine_parts, softmax_parts
 from megatron_m2.parallel.collectives import gather_rows, scatter_sum_rows
 from megatron_m2.parallel.layout import part
@@ -20,11 +21,12 @@ from megatron_m2.parallel.placement import placed
 # Shape suffixes: T tokens, R those of this rank, H hidden, N predictions, V this rank's part of the vocabulary.
 
 
-def split_linear(in_width: int, out_width: int, dim: int, bounds: tuple[int, int], replicas: str, dtype: torch.dtype) -> nn.Linear:
+def split_linear(in_width: int, out_width: int, dim: int, bounds: tuple[int, int], replicas: str, dtype: torch.dtype, fp8: bool
+                 ) -> nn.Linear:
     """A bias-free linear map of which this rank holds ``bounds`` of the outputs (dim 0) or of the inputs (dim 1)."""
     widths = [out_width, in_width]
     size, widths[dim] = widths[dim], bounds[1] - bounds[0]
-    linear = nn.Linear(widths[1], widths[0], bias=False, dtype=dtype)
+    linear = dense_linear(widths[1], widths[0], dtype, fp8)
     placed(linear.weight, dim, bounds, size, replicas)
     return linear
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -26,11 +27,20 @@ def read_config(overrides: list[str]) -> TrainConfig:
     Raises:
         ValueError: one line that names what is wrong.
     """
+    return from_dict(compose_values("train", overrides))
+
+
+def compose_values(root: str, overrides: list[str]) -> dict[str, Any]:
+    """Composes ``hydra_configs/{root}.yaml`` with Hydra overrides: plain values by group.
+
+    Raises:
+        ValueError: one line that names what is wrong.
+    """
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = OmegaConf.to_container(compose("train", overrides), resolve=True, throw_on_missing=True)
+            composed = OmegaConf.to_container(compose(root, overrides), resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
         raise ValueError(": ".join(str(e).strip().splitlines()[0] for e in (error, cause) if e is not None)) from None
     assert isinstance(composed, dict)
-    return from_dict({str(k): v for k, v in composed.items()})
+    return {str(k): v for k, v in composed.items()}

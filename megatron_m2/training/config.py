@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from megatron_m2.model.config import ModelConfig
+from megatron_m2.parallel.layout import Limits, ParallelConfig, check
+from megatron_m2.parallel.sharding import Sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -111,6 +113,8 @@ class TrainConfig:
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     stage: StageConfig = field(default_factory=lambda: StageConfig(steps=1))
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    sharding: Sharding = field(default_factory=Sharding)
     run: RunConfig = field(default_factory=lambda: RunConfig(dir="runs/unnamed"))
 
     def __post_init__(self) -> None:
@@ -135,11 +139,22 @@ class TrainConfig:
             _require(getattr(r, name) >= 0, f"run.{name}", getattr(r, name), "at least 0")
         _require(r.log_every >= 1, "run.log_every", r.log_every, "at least 1")
 
+    def check_layout(self, world: int) -> None:
+        """Refuses a layout that ``world`` ranks, this model and these batches do not allow.
+
+        Raises:
+            ValueError: naming the field, its value and the nearest legal one.
+        """
+        m = self.model
+        check(self.parallel, world, Limits(m.num_attention_heads, m.num_key_value_heads, m.num_experts, m.num_hidden_layers,
+                                           self.stage.forests_per_step, self.data.tokens_per_forest))
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-GROUPS: dict[str, Any] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "stage": StageConfig, "run": RunConfig}
+GROUPS: dict[str, Any] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "stage": StageConfig, "parallel": ParallelConfig,
+                          "sharding": Sharding, "run": RunConfig}
 
 
 def _require(legal: bool, name: str, value: object, what: str) -> None:
@@ -156,10 +171,15 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     for name in values:
         if name not in GROUPS:
             raise ValueError(f"{name}: unknown group; known are {', '.join(GROUPS)}")
-    return TrainConfig(**{name: _typed(name, kind, values.get(name) or {}) for name, kind in GROUPS.items()})
+    return TrainConfig(**{name: typed(name, kind, values.get(name) or {}) for name, kind in GROUPS.items()})
 
 
-def _typed(group: str, kind: type, values: dict[str, Any]) -> Any:
+def typed(group: str, kind: type, values: dict[str, Any]) -> Any:
+    """One dataclass from plain values.
+
+    Raises:
+        ValueError: an unknown or missing key, or a value of the wrong type, naming it.
+    """
     assert is_dataclass(kind)
     by_name = {f.name: f for f in fields(kind)}
     converted = {}

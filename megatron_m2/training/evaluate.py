@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_m2.forest import TokenForest
-from megatron_m2.model.m2 import M2Model
+from megatron_m2.parallel.collectives import total
+from megatron_m2.training.stages import ModelStages
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,24 @@ class Evaluation:
         return self.nats / math.log(2) / num_bytes
 
 
-@torch.no_grad()
-def evaluate(model: M2Model, forests: Iterable[TokenForest]) -> Evaluation:
-    """The main head's loss on every weighted token, weights counted as 1.
+def evaluate(stages: ModelStages, forests: Iterable[TokenForest]) -> Evaluation:
+    """The main head's loss on every weighted token, weights counted as 1. All ranks call it with the same forests and get the same.
 
     Raises:
         ValueError: no forest, or nothing predicted in them.
     """
-    nats, tokens, counts = 0.0, 0, None
-    for forest in forests:
-        output = model(forest.to(model.device))
-        nats -= float(output.logprobs.double().sum())
-        tokens += int((forest.weight != 0).sum())
-        counts = output.expert_counts if counts is None else counts + output.expert_counts
-    if counts is None or tokens == 0:
+    everything, mesh = list(forests), stages.mesh
+    tokens = sum(int((f.weight != 0).sum()) for f in everything)
+    if tokens == 0:
         raise ValueError("forests: nothing to evaluate")
-    return Evaluation(nats, tokens, counts)
+    mine = everything[mesh.dp.rank :: mesh.dp.size]
+    # every rank runs as many, since experts are spread over the dp ranks
+    mine += [_blank(everything[0])] * (math.ceil(len(everything) / mesh.dp.size) - len(mine))
+    device = stages.pipeline.like.device
+    nats, counts = stages.logprobs([f.to(device) for f in mine])
+    return Evaluation(-float(total(nats.to(device), mesh.world)), tokens, total(counts, mesh.world))
+
+
+def _blank(forest: TokenForest) -> TokenForest:
+    """Of the same shape, but it predicts nothing and counts for nothing."""
+    return replace(forest, weight=torch.zeros_like(forest.weight), multiplicity=torch.zeros(len(forest), dtype=torch.int32))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_m2.forest import TokenForest
-from megatron_m2.model.m2 import M2Output
+from megatron_m2.model.m2 import M2Output, StageOutput
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,20 @@ class LossWeights:
     mtp: tuple[float, ...]
 
     @classmethod
-    def of(cls, forests: Sequence[TokenForest], num_mtp_modules: int) -> LossWeights:
+    def of(cls, forests: Sequence[TokenForest], num_mtp_modules: int, over_ranks: Callable[[Tensor], Tensor] = lambda x: x) -> LossWeights:
         """Module k predicts the tokens of depth > k.
+
+        Args:
+            over_ranks: sums over the ranks that have the step's other forests.
 
         Raises:
             ValueError: nothing to predict.
         """
-        main = sum(float(f.weight.sum()) for f in forests)
+        sums = [sum(float(f.weight[f.depth > k].sum(dtype=torch.float64)) for f in forests) for k in range(num_mtp_modules + 1)]
+        main, *mtp = over_ranks(torch.tensor(sums, dtype=torch.float64)).tolist()
         if main <= 0:
             raise ValueError("forest.weight: nothing to predict in this step, all weights are 0")
-        return cls(main, tuple(sum(float(f.weight[f.depth > k].sum()) for f in forests) for k in range(1, num_mtp_modules + 1)))
+        return cls(main, tuple(mtp))
 
 
 @dataclass
@@ -55,3 +60,12 @@ def forest_loss(output: M2Output, forest: TokenForest, weights: LossWeights, mtp
             mtp = mtp - (forest.weight * logprobs).sum() / denominator / len(weights.mtp)
     aux = output.aux_loss / num_forests
     return ForestLoss(lm + mtp_weight * mtp + aux, lm.detach(), mtp.detach(), aux.detach())
+
+
+def stage_loss(output: StageOutput, forest: TokenForest, weights: LossWeights, mtp_weight: float, num_forests: int) -> ForestLoss:
+    """A pipeline stage's share of :func:`forest_loss`: all but the last have the balance of their own layers only."""
+    if isinstance(output, M2Output):
+        return forest_loss(output, forest, weights, mtp_weight, num_forests)
+    aux = output.aux_loss / num_forests
+    nothing = torch.zeros_like(aux)
+    return ForestLoss(aux, nothing, nothing, aux.detach())

@@ -72,6 +72,19 @@ class MetricsLog:
             self.wandb.finish()
 
 
+class SilentLog:
+    """What the other ranks have in place of a :class:`MetricsLog`: every rank computes the figures, one writes them."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def progress(self, step: int, shown: dict[str, str]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _start_wandb(config: RunConfig, resolved: dict[str, Any], folder: Path) -> Any:
     """The wandb run of this folder, the same after a resume; None when disabled."""
     if config.wandb == "disabled":

@@ -25,7 +25,7 @@ def final_state(arguments: list[str]) -> dict[str, torch.Tensor]:
     trainer = Trainer(read_config(arguments))
     assert trainer.resume()
     assert trainer.step == trainer.config.stage.steps
-    flat = {f"model.{n}": v for n, v in trainer.model.state_dict().items()}
+    flat = {f"model.{n}": v for n, v in trainer.stages.state_dict().items()}
     flat |= {f"{n}.{k}": v for n, values in trainer.optimizer.state_dict().items() for k, v in values.items()}
     return flat | {"rng": torch.get_rng_state(), "stream": torch.tensor(list(str(trainer.stream.state_dict()).encode()))}
 

@@ -15,10 +15,13 @@ import megatron_m2
 from megatron_m2.data.dataset import Dataset
 from megatron_m2.forest import TokenForest
 from megatron_m2.model.m2 import build_model
+from megatron_m2.parallel.layout import ParallelConfig
+from megatron_m2.parallel.mesh import ONE
 from megatron_m2.train import main
 from megatron_m2.training.compose import read_config
 from megatron_m2.training.evaluate import evaluate
 from megatron_m2.training.metrics import expert_load, read_metrics
+from megatron_m2.training.stages import ModelStages
 from megatron_m2.training.trainer import Trainer, pick_device, step_forward_flops
 from tests.conftest import tiny_config
 from tests.training.conftest import overrides
@@ -49,6 +52,10 @@ def test_a_run_learns_and_leaves_everything(data, tmp_path, capsys):
     assert (tmp_path / "wandb_id").read_text().strip()
 
 
+def whole(config):
+    return ModelStages(config, ParallelConfig(), ONE, torch.float64, "cpu", seed=0)
+
+
 def test_fp8_experts_learn_as_bf16_ones(data, tmp_path):
     losses = []
     for fp8 in ("false", "true"):
@@ -60,12 +67,12 @@ def test_fp8_experts_learn_as_bf16_ones(data, tmp_path):
 
 
 def test_bits_per_byte_of_a_uniform_model_is_known(data):
-    model = build_model(tiny_config(vocab_size=320), torch.float64, seed=0)
+    stages = whole(tiny_config(vocab_size=320))
     with torch.no_grad():
-        model.lm_head.weight.zero_()
+        stages.state_dict()["lm_head.weight"].zero_()
     dataset = Dataset(data)
     forests, text_bytes = dataset.held_out("prose", 256, 64)
-    result = evaluate(model, forests)
+    result = evaluate(stages, forests)
     held_out = dataset.manifest["datasets"]["prose"]
     # every token but the bos of each document is predicted once, at log2(vocabulary) bits
     assert result.tokens == held_out["heldout_tokens"] - held_out["heldout_documents"]
@@ -74,9 +81,9 @@ def test_bits_per_byte_of_a_uniform_model_is_known(data):
 
 def test_evaluating_nothing_is_refused():
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        evaluate(build_model(tiny_config(), seed=0), [])
+        evaluate(whole(tiny_config()), [])
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        evaluate(build_model(tiny_config(), seed=0), [TokenForest.from_documents([[1]])])
+        evaluate(whole(tiny_config()), [TokenForest.from_documents([[1]])])
 
 
 def test_accumulation_equals_one_large_batch(data, tmp_path):
@@ -101,8 +108,10 @@ def test_accumulation_equals_one_large_batch(data, tmp_path):
 def test_router_bias_moves_against_the_load(data, tmp_path):
     trainer = Trainer(read_config(overrides(data, tmp_path, **{"stage.router_bias_rate": 0.01})))
     trainer.train_step()
-    for router, counts in zip(trainer.model.routers(), trainer.last_counts, strict=True):
-        expected = 0.01 * torch.sign(counts.double().mean() - counts.double())
+    assert [row for row, _ in trainer.stages.routers()] == [0, 1, 2]  # two layers, one MTP module
+    for row, router in trainer.stages.routers():
+        counts = trainer.last_counts[row].double()
+        expected = 0.01 * torch.sign(counts.mean() - counts)
         assert torch.allclose(router.bias.double(), expected, atol=1e-8)
 
 

@@ -1,0 +1,1 @@
+"""What a layout of a training run costs in memory and time, before any process starts."""

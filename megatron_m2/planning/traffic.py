@@ -1,0 +1,144 @@
+"""What a rank sends to others: bytes by kind of collective, and how long a link takes over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from megatron_m2.planning.activations import Widths
+from megatron_m2.planning.cluster import ClusterConfig, Device
+from megatron_m2.planning.job import Job, Layout, Stage, distinct_groups
+from megatron_m2.planning.tokens import Shares
+from megatron_m2.planning.weights import stage_weights
+
+_BF16, _FP32, _INT32 = 2, 4, 4
+
+
+class Traffic(NamedTuple):
+    """One kind of collective on one rank.
+
+    Attributes:
+        kind: "tp", "cp", "ep", "dp" or "pp"; name: what travels.
+        near, far: bytes sent within the node, and out of it.
+        messages: collectives.
+        far_links: network links that carry ``far`` together: the group's ranks in the node, where a ring uses each one's.
+    """
+
+    kind: str
+    name: str
+    near: float
+    far: float
+    messages: float = 1
+    far_links: int = 1
+
+    @property
+    def bytes(self) -> float:
+        return self.near + self.far
+
+    def times(self, n: float) -> Traffic:
+        return Traffic(self.kind, self.name, self.near * n, self.far * n, self.messages * n, self.far_links)
+
+    def seconds(self, device: Device) -> float:
+        """Both links at once, and the latency of every message."""
+        latency = device.network_latency.value if self.far else device.nvlink_latency.value
+        far = self.far / self.far_links / device.network.value
+        return max((self.near + (self.far if self.far_links > 1 else 0)) / device.nvlink.value, far) + self.messages * latency
+
+
+def joined(traffic: Iterable[Traffic]) -> list[Traffic]:
+    """Sums of those of one name."""
+    sums: dict[str, Traffic] = {}
+    for t in traffic:
+        old = sums.get(t.name)
+        sums[t.name] = t if old is None else old._replace(near=old.near + t.near, far=old.far + t.far, messages=old.messages + t.messages)
+    return list(sums.values())
+
+
+def _ring(kind: str, name: str, sent: float, size: int, stride: int, cluster: ClusterConfig, messages: float = 1) -> Traffic:
+    """A gather or reduce-scatter in which each rank sends ``sent`` bytes: where it spans nodes, one ring through every rank's link."""
+    near = cluster.per_node(size, stride)
+    if near == size:
+        return Traffic(kind, name, sent, 0, messages)
+    return Traffic(kind, name, 0, sent, messages, near)
+
+
+def _exchange(kind: str, name: str, sent: float, size: int, stride: int, cluster: ClusterConfig, messages: float = 1) -> Traffic:
+    """An all-to-all in which each rank sends ``sent`` bytes to the other ``size - 1``, evenly."""
+    near = (cluster.per_node(size, stride) - 1) / (size - 1)
+    return Traffic(kind, name, sent * near, sent * (1 - near), messages)
+
+
+def layer_traffic(job: Job, layout: Layout, s: Shares, backward: bool) -> list[Traffic]:
+    """Of one decoder layer and one forest; each backward is the transpose of its forward and moves as much."""
+    p, w, cluster = layout.parallel, Widths.of(job, layout), job.cluster
+    found = []
+    if p.tp > 1:
+        rows = (p.tp - 1) * s.rank * w.hidden * _BF16
+        squares = 2 * 2 * s.cp * _FP32 * (p.tp - 1) / p.tp  # of q and of k, all-reduced
+        found += [_ring("tp", "tp rows", 2 * rows, p.tp, 1, cluster, 2), _ring("tp", "tp squares", squares, p.tp, 1, cluster, 2)]
+    if p.cp > 1:
+        found.append(_exchange("cp", "cp keys, values", s.received * 2 * w.kv * _BF16, p.cp, p.tp, cluster))
+    if p.ep > 1:
+        found += _expert_traffic(job, layout, s, backward)
+    return found
+
+
+def _expert_traffic(job: Job, layout: Layout, s: Shares, backward: bool) -> list[Traffic]:
+    """Rows to their experts and sums back; in the backward gradients the same two ways."""
+    m, ep, cluster = job.model, layout.parallel.ep, job.cluster
+    row = m.hidden_size * _BF16
+    codes = m.hidden_size + -(-m.hidden_size // 128) * _FP32
+    there = (codes if job.options.dispatch_fp8 and not backward else row) + m.top_k * _FP32  # with the routing weights or their gradients
+    if not backward:
+        there += m.top_k * _INT32  # and the choices
+    others = s.sent * (ep - 1) / ep
+    if not job.options.node_dedup or cluster.per_node(ep, 1) == ep:
+        return [_exchange("ep", "ep dispatch", others * there, ep, 1, cluster, 2 if backward else 4),
+                _exchange("ep", "ep combine", others * row, ep, 1, cluster)]
+    nodes = ep // cluster.per_node(ep, 1)
+    far = s.rank * distinct_groups(m.num_experts, m.top_k, nodes) * (nodes - 1) / nodes
+    inside = s.sent * (1 - nodes / ep)  # every row but those for the rank where it enters the node
+    return [Traffic("ep", "ep dispatch", inside * there, far * there, 2 if backward else 4),
+            Traffic("ep", "ep combine", inside * row, far * row)]
+
+
+def ends_traffic(job: Job, layout: Layout, stage: Stage, s: Shares) -> list[Traffic]:
+    """Of embedding, head and MTP modules beside their layers, forward; the backward moves as much."""
+    p = layout.parallel
+    if p.tp == 1:
+        return []
+    rows = (p.tp - 1) * s.rank * job.model.hidden_size * _BF16
+    logits = 1 + stage.mtp if stage.head else 0
+    found = [_ring("tp", "tp rows", rows * (logits + stage.embedding), p.tp, 1, job.cluster, logits + stage.embedding)]
+    if logits:
+        found.append(_ring("tp", "tp logits", logits * (p.tp - 1) * s.cp * 2 * _FP32, p.tp, 1, job.cluster, logits))
+    return found
+
+
+def pipeline_traffic(job: Job, layout: Layout, s: Shares) -> list[Traffic]:
+    """Between two stages, one forest, one way, all chunks of a stage."""
+    pp = layout.parallel.pp
+    if pp == 1:
+        return []
+    sent = layout.vpp * s.rank * job.model.hidden_size * _BF16
+    stage_ranks = job.cluster.ranks // pp
+    near = job.cluster.per_node(pp, stage_ranks) == pp
+    return [Traffic("pp", "pp states", sent if near else 0, 0 if near else sent, layout.vpp)]
+
+
+def replica_traffic(job: Job, layout: Layout, stage: Stage, microbatches: int) -> list[Traffic]:
+    """Of one step: gradients (fp32) summed over each weight's replicas, weights (bf16) gathered from their shards.
+
+    Without ZeRO one all-reduce; with ZeRO-1 a reduce-scatter and a gather; with ZeRO-2 the reduce-scatter is every microbatch's.
+    """
+    found = []
+    for g in stage_weights(job, layout, stage):
+        if g.replicas == 1 or not g.trained:
+            continue
+        others = (g.replicas - 1) / g.replicas * g.count
+        name = "experts" if g.part in ("experts", "mtp") and g.stride == layout.parallel.ep and layout.parallel.ep > 1 else "dense"
+        reductions = microbatches if layout.zero == 2 else 1
+        found.append(_ring("dp", f"dp {name} gradients", others * _FP32 * reductions, g.replicas, g.stride, job.cluster, reductions))
+        width = _FP32 if layout.zero == 0 or g.wide else _BF16
+        found.append(_ring("dp", f"dp {name} weights", others * width, g.replicas, g.stride, job.cluster))
+    return found
