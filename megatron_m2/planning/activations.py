@@ -76,7 +76,7 @@ def mtp_kept(job: Job, layout: Layout, s: Shares) -> int:
     """Of one MTP module, beside its layer: embedding, previous hidden state, both normed side by side, the state before the last norm
     and what its logits keep."""
     hidden = job.model.hidden_size
-    if layout.recompute:
+    if layout.parallel.recompute:
         return s.rank * 2 * hidden * _BF16 + _logits_kept(s, hidden)  # the two inputs, the second in place of the layer's own
     return s.rank * (4 * hidden * _BF16 + 2 * _FP32) + _logits_kept(s, hidden)
 

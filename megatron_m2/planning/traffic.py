@@ -120,25 +120,31 @@ def pipeline_traffic(job: Job, layout: Layout, s: Shares) -> list[Traffic]:
     pp = layout.parallel.pp
     if pp == 1:
         return []
-    sent = layout.vpp * s.rank * job.model.hidden_size * _BF16
+    sent = layout.parallel.vpp * s.rank * job.model.hidden_size * _BF16
     stage_ranks = job.cluster.ranks // pp
     near = job.cluster.per_node(pp, stage_ranks) == pp
-    return [Traffic("pp", "pp states", sent if near else 0, 0 if near else sent, layout.vpp)]
+    return [Traffic("pp", "pp states", sent if near else 0, 0 if near else sent, layout.parallel.vpp)]
 
 
 def replica_traffic(job: Job, layout: Layout, stage: Stage, microbatches: int) -> list[Traffic]:
-    """Of one step: gradients (fp32) summed over each weight's replicas, weights (bf16) gathered from their shards.
+    """Of one step: gradients (fp32) summed over each weight's replicas, weights gathered from their shards in their own dtype.
 
-    Without ZeRO one all-reduce; with ZeRO-1 a reduce-scatter and a gather; with ZeRO-2 the reduce-scatter is every microbatch's.
+    ZeRO-0 reduces all of it everywhere; ZeRO-1 reduce-scatters over the shards, and sums these over their copies; ZeRO-2 reduce-scatters
+    every microbatch's.
     """
     found = []
+    sharding = layout.sharding
     for g in stage_weights(job, layout, stage):
         if g.replicas == 1 or not g.trained:
             continue
-        others = (g.replicas - 1) / g.replicas * g.count
-        name = "experts" if g.part in ("experts", "mtp") and g.stride == layout.parallel.ep and layout.parallel.ep > 1 else "dense"
-        reductions = microbatches if layout.zero == 2 else 1
-        found.append(_ring("dp", f"dp {name} gradients", others * _FP32 * reductions, g.replicas, g.stride, job.cluster, reductions))
-        width = _FP32 if layout.zero == 0 or g.wide else _BF16
-        found.append(_ring("dp", f"dp {name} weights", others * width, g.replicas, g.stride, job.cluster))
+        kind = "expert" if g.part == "experts" or (g.part == "mtp" and g.stride == layout.parallel.ep > 1) else "dense"
+        shards = sharding.shards(g.replicas, g.part)
+        others, copies, times = (shards - 1) / shards * g.count, g.replicas // shards, microbatches if sharding.zero == 2 and not g.across_stages else 1
+        if shards > 1:
+            width = _FP32 if g.wide else _BF16
+            found += [_ring("dp", f"dp {kind} gradients", others * _FP32 * times, shards, g.stride, job.cluster, times),
+                      _ring("dp", f"dp {kind} weights", others * width, shards, g.stride, job.cluster)]
+        if copies > 1:
+            size = 2 * (copies - 1) / copies * g.count / shards * _FP32
+            found.append(_ring("dp", f"dp {kind} gradients", size, copies, g.stride * shards, job.cluster))
     return found
