@@ -60,8 +60,9 @@ TORCH_LIBRARY(m2_ops, m) {
   // Rows of an expert keep the order of tokens and slots, so that sums repeat; each group is padded to a multiple of `block` rows.
 
   // experts int32 [T, K], -1: none -> ends int32 [E] of each expert's rows, padding included; token int32 [R] of each row, -1: padding,
-  // where R is as many rows as any routing can need; row int32 [T, K] of each token's slot, -1 where it has no expert.
-  m.def("permute_layout(Tensor experts, int num_experts, int block) -> (Tensor ends, Tensor token, Tensor row)");
+  // where R is as many rows as any routing of `routed` slots (none: all) can need; row int32 [T, K] of each token's slot, -1 where it has
+  // no expert.
+  m.def("permute_layout(Tensor experts, int num_experts, int block, int? routed=None) -> (Tensor ends, Tensor token, Tensor row)");
   // bf16 or fp32 x [T, W] -> rows [R, W], those of padding 0.
   m.def("permute(Tensor x, Tensor token, Tensor row) -> Tensor");
   // rows [R, W] -> [T, W]: sum over the slots, each times its weight (fp32 [T, K]; none: 1), in fp32.
@@ -98,6 +99,33 @@ TORCH_LIBRARY(m2_ops, m) {
   m.def("grouped_mm_fp8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor ends, bool transposed) -> Tensor");
   // grouped_wgrad of codes by columns; groups end on multiples of 128 rows. -> bf16
   m.def("grouped_wgrad_fp8(Tensor dy, Tensor dy_scale, Tensor x, Tensor x_scale, Tensor ends) -> Tensor");
+
+  // ---- expert_parallel: rows of tokens to the ranks of their experts, and back ------------------------------------------------------
+  // Rank r of R <= 256 has experts [r E / R, (r + 1) E / R). A token has one row at each rank that has one of its experts.
+
+  // experts int32 [T, K], -1: none -> counts int32 [R, 2]: rows for each rank, and choices among them; row int32 [T, R]: each token's row
+  // there, -1: none. A rank's rows keep the order of tokens.
+  m.def("ep_plan(Tensor experts, int num_experts, int ranks) -> (Tensor counts, Tensor row)");
+  // Row row[t, r] of out[r] (bytes [n, B]; without rows it is left out) = row t of each part from byte at[i] on, then from the last `at`
+  // on the experts, less r * per_rank, -1 for those of other ranks.
+  m.def("ep_pack(Tensor[] parts, Tensor? experts, Tensor row, int per_rank, int[] at, Tensor(a!)[] out) -> ()");
+  // rows [n, W] of each rank, bf16, fp32 or fp64 -> [T, W]: each token's rows added up in fp32 (fp64), rank by rank.
+  m.def("ep_combine(Tensor[] rows, Tensor row) -> Tensor");
+  // bf16 of quantize_rows' codes and scales; rows may lie apart.
+  m.def("ep_dequantize(Tensor codes, Tensor scales) -> Tensor");
+
+  // ---- peer memory: bytes of one GPU that the other ranks of its node write to; CUDA only --------------------------------------------
+  // A flag is one int64 of such memory. A signal follows all that its stream did before; what its stream does after a wait follows it.
+
+  // -> uint8 [bytes], zeros
+  m.def("peer_alloc(int bytes, Device device) -> Tensor");
+  // -> uint8 [64] on the CPU, for peer_open in another process; that fails where this GPU cannot reach the buffer's.
+  m.def("peer_handle(Tensor buffer) -> Tensor");
+  m.def("peer_open(Tensor handle, int bytes, Device device) -> Tensor");
+  // Sets every flag ([1] each).
+  m.def("peer_signal(Tensor(a!)[] flags, int value) -> ()");
+  // Until every one of flags [R] is at least value; a device assert after some 100 s.
+  m.def("peer_wait(Tensor flags, int value) -> ()");
 }
 
 // Importing megatron_m2._C runs the registrations of this library; the module itself only says what it was built with.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Converts a checkpoint: native or Hugging Face (bf16, fp32, block-FP8) to either.
 
-    python tools/convert.py runs/quickstart export            # the newest checkpoint of a run, for transformers, vLLM, SGLang
+    python tools/convert.py runs/quickstart export            # the newest checkpoint of a run, whatever layout wrote it
     python tools/convert.py MiniMax-M2 MiniMax-M2-bf16 --dtype bfloat16       # FP8 release to bf16, one shard in memory at a time
     python tools/convert.py MiniMax-M2 start --to native      # to train from
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import megatron_m2
-from megatron_m2.model.hf import convert_shards, save_hf
+from megatron_m2.model.hf import convert_shards
 from megatron_m2.training import checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -51,14 +51,12 @@ def convert(args: argparse.Namespace) -> None:
         raise ValueError("--fp8 and --tokenizer: only for --to hf")
     dtype = DTYPES.get(args.dtype)
     shard_bytes = int(args.max_shard_gib * 2**30)
-    from_hf = (args.source / "config.json").is_file()
     if args.to == "native":
         checkpoint.save_model(megatron_m2.load(args.source, dtype=dtype), args.destination)
-    elif from_hf:
-        convert_shards(args.source, args.destination, args.tokenizer, dtype=dtype, fp8=args.fp8, max_shard_bytes=shard_bytes)
-    else:
-        model = megatron_m2.load(args.source, dtype=dtype)
-        save_hf(model, args.destination, args.tokenizer, fp8=args.fp8, max_shard_bytes=shard_bytes)
+        return
+    from_hf = (args.source / "config.json").is_file()
+    write = convert_shards if from_hf else checkpoint.export_hf
+    write(args.source, args.destination, args.tokenizer, dtype=dtype, fp8=args.fp8, max_shard_bytes=shard_bytes)
 
 
 def main(argv: list[str] | None = None) -> int:

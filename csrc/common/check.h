@@ -19,4 +19,7 @@ inline void check_tensor(const char* name, const at::Tensor& x, c10::ScalarType 
 
 inline OptionalTensor contiguous(const OptionalTensor& x) { return x ? std::optional(x->contiguous()) : std::nullopt; }
 
+// A matrix whose rows are contiguous, though they may lie apart, as in messages of several parts.
+inline at::Tensor with_rows(const at::Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous(); }
+
 }  // namespace m2

@@ -33,10 +33,12 @@ inline void check_backward(const at::Tensor& grad, const at::Tensor& rows, const
       "grad: ", grad.scalar_type(), " ", grad.sizes(), " does not fit rows ", rows.scalar_type(), " ", rows.sizes());
 }
 
-inline void check_layout(const at::Tensor& experts, int64_t num_experts, int64_t block) {
+inline void check_layout(const at::Tensor& experts, int64_t num_experts, int64_t block, std::optional<int64_t> routed) {
   check_index("experts", experts, 2, experts);
   TORCH_CHECK_VALUE(num_experts >= 1, "num_experts: ", num_experts, ", need 1 or more");
   TORCH_CHECK_VALUE(block >= 1, "block: ", block, ", need 1 or more");
+  TORCH_CHECK_VALUE(!routed || (*routed >= 0 && *routed <= experts.numel()), "routed: ", routed.value_or(0), ", need 0 to ",
+                    experts.numel());
 }
 
 // Rows that any routing fits into: static, so that shapes do not depend on the data.

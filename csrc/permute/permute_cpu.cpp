@@ -47,19 +47,24 @@ class RowCopy {
   bool stream_;
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> permute_layout(const at::Tensor& experts_in, int64_t num_experts, int64_t block) {
-  check_layout(experts_in, num_experts, block);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> permute_layout(const at::Tensor& experts_in, int64_t num_experts, int64_t block,
+                                                              std::optional<int64_t> routed_in) {
+  check_layout(experts_in, num_experts, block, routed_in);
   const at::Tensor experts = experts_in.contiguous();
-  const int64_t routed = experts.numel(), top_k = experts.size(1);
+  const int64_t slots = experts.numel(), top_k = experts.size(1), routed = routed_in.value_or(slots);
   const int32_t* experts_TK = experts.const_data_ptr<int32_t>();
   at::Tensor token = at::full({most_rows(routed, num_experts, block)}, -1, experts.options());
   at::Tensor row = at::empty_like(experts), ends = at::empty({num_experts}, experts.options());
   std::vector<int32_t> next(num_experts);
-  for (int64_t i = 0; i < routed; ++i) {
+  int64_t chosen = 0;
+  for (int64_t i = 0; i < slots; ++i) {
     TORCH_CHECK_VALUE(experts_TK[i] >= -1 && experts_TK[i] < num_experts, "experts[", i / top_k, ", ", i % top_k, "]: ", experts_TK[i],
                       ", need -1 to ", num_experts - 1);
-    if (experts_TK[i] >= 0) ++next[experts_TK[i]];
+    if (experts_TK[i] < 0) continue;
+    ++next[experts_TK[i]];
+    ++chosen;
   }
+  TORCH_CHECK_VALUE(chosen <= routed, "routed: ", routed, ", but ", chosen, " slots have an expert");
   int32_t *token_R = token.mutable_data_ptr<int32_t>(), *row_TK = row.mutable_data_ptr<int32_t>(),
           *ends_E = ends.mutable_data_ptr<int32_t>();
   int64_t start = 0;
@@ -69,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> permute_layout(const at::Tensor& 
     start += (count + block - 1) / block * block;
     ends_E[e] = static_cast<int32_t>(start);
   }
-  for (int64_t i = 0; i < routed; ++i) {
+  for (int64_t i = 0; i < slots; ++i) {
     row_TK[i] = experts_TK[i] < 0 ? -1 : next[experts_TK[i]]++;
     if (row_TK[i] >= 0) token_R[row_TK[i]] = static_cast<int32_t>(i / top_k);
   }
@@ -80,8 +85,9 @@ at::Tensor permute(const at::Tensor& x_in, const at::Tensor& token_in, const at:
   check_rows("x", x_in);
   check_index("token", token_in, 1, x_in);
   check_index("row", row_in, 2, x_in);
-  const at::Tensor x = x_in.contiguous(), token = token_in.contiguous();
-  const int64_t rows = token.size(0), tokens = x.size(0), bytes = x.size(1) * static_cast<int64_t>(x.element_size());
+  const at::Tensor x = with_rows(x_in), token = token_in.contiguous();
+  const int64_t size = static_cast<int64_t>(x.element_size()), stride = x.stride(0) * size;
+  const int64_t rows = token.size(0), tokens = x.size(0), bytes = x.size(1) * size;
   at::Tensor out = at::empty({rows, x.size(1)}, x.options());
   const int32_t* token_R = token.const_data_ptr<int32_t>();
   const char* from = static_cast<const char*>(x.const_data_ptr());
@@ -91,7 +97,7 @@ at::Tensor permute(const at::Tensor& x_in, const at::Tensor& token_in, const at:
     for (int64_t r = begin; r < end; ++r) {
       TORCH_CHECK_VALUE(token_R[r] >= -1 && token_R[r] < tokens, "token[", r, "]: ", token_R[r], ", need -1 to ", tokens - 1);
       if (token_R[r] < 0) std::memset(to + r * bytes, 0, bytes);
-      else row_copy.copy(to + r * bytes, from + token_R[r] * bytes);
+      else row_copy.copy(to + r * bytes, from + token_R[r] * stride);
     }
     row_copy.done();
   });

@@ -34,8 +34,8 @@ __global__ void count_kernel(const int32_t* experts, int64_t routed, int64_t num
 }
 
 // Each expert finds where its rows begin by adding up those before it: E is at most some hundreds.
-__global__ void place_kernel(const int32_t* experts, int64_t routed, int64_t top_k, int64_t block, const int32_t* counts_E, int32_t* ends_E,
-                             int32_t* token_R, int32_t* row_TK) {
+__global__ void place_kernel(const int32_t* experts, int64_t routed, int64_t top_k, int64_t block, int64_t rows, const int32_t* counts_E,
+                             int32_t* ends_E, int32_t* token_R, int32_t* row_TK) {
   using Scan = cub::BlockScan<int, kSortThreads>;
   using Reduce = cub::BlockReduce<int64_t, kSortThreads>;
   __shared__ typename Scan::TempStorage scan_storage;
@@ -57,6 +57,7 @@ __global__ void place_kernel(const int32_t* experts, int64_t routed, int64_t top
     int rank, total;
     Scan(scan_storage).ExclusiveSum(mine, rank, total);
     if (mine) {
+      CUDA_KERNEL_ASSERT(next + rank < rows);
       row_TK[i] = static_cast<int32_t>(next + rank);
       token_R[next + rank] = static_cast<int32_t>(i / top_k);
     }
@@ -70,11 +71,11 @@ __global__ void place_kernel(const int32_t* experts, int64_t routed, int64_t top
 }
 
 template <typename Piece>
-__global__ void permute_kernel(const Piece* x_TW, const int32_t* token_R, int64_t tokens, int64_t pieces, Piece* out_RW) {
+__global__ void permute_kernel(const Piece* x_TW, int64_t stride, const int32_t* token_R, int64_t tokens, int64_t pieces, Piece* out_RW) {
   const int64_t r = blockIdx.x;
   const int32_t token = token_R[r];
   CUDA_KERNEL_ASSERT(token >= -1 && token < tokens);
-  for (int64_t i = threadIdx.x; i < pieces; i += blockDim.x) out_RW[r * pieces + i] = token < 0 ? Piece{} : x_TW[token * pieces + i];
+  for (int64_t i = threadIdx.x; i < pieces; i += blockDim.x) out_RW[r * pieces + i] = token < 0 ? Piece{} : x_TW[token * stride + i];
 }
 
 // A piece of a row as floats.
@@ -142,23 +143,26 @@ __global__ void clear_padding_kernel(const int32_t* token_R, int64_t pieces, Pac
 // ---- host -------------------------------------------------------------------------------------------------------------------------
 
 bool in_pieces_of_16(const at::Tensor& x) {
-  return x.size(1) * x.element_size() % 16 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  return x.size(1) * x.element_size() % 16 == 0 && x.stride(0) * x.element_size() % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> permute_layout(const at::Tensor& experts_in, int64_t num_experts, int64_t block) {
-  check_layout(experts_in, num_experts, block);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> permute_layout(const at::Tensor& experts_in, int64_t num_experts, int64_t block,
+                                                              std::optional<int64_t> routed_in) {
+  check_layout(experts_in, num_experts, block, routed_in);
   const c10::cuda::CUDAGuard guard(experts_in.device());
   const at::Tensor experts = experts_in.contiguous();
-  const int64_t routed = experts.numel();
-  at::Tensor token = at::full({most_rows(routed, num_experts, block)}, -1, experts.options());
+  const int64_t routed = experts.numel();  // slots, some of which may go nowhere
+  at::Tensor token = at::full({most_rows(routed_in.value_or(routed), num_experts, block)}, -1, experts.options());
   at::Tensor row = at::empty_like(experts), ends = at::empty({num_experts}, experts.options()), counts = at::empty_like(ends);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   count_kernel<<<num_experts, kSortThreads, 0, stream>>>(experts.const_data_ptr<int32_t>(), routed, num_experts,
                                                          counts.mutable_data_ptr<int32_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   place_kernel<<<num_experts, kSortThreads, 0, stream>>>(experts.const_data_ptr<int32_t>(), routed, std::max<int64_t>(1, experts.size(1)),
-                                                         block, counts.const_data_ptr<int32_t>(), ends.mutable_data_ptr<int32_t>(),
-                                                         token.mutable_data_ptr<int32_t>(), row.mutable_data_ptr<int32_t>());
+                                                         block, token.size(0), counts.const_data_ptr<int32_t>(),
+                                                         ends.mutable_data_ptr<int32_t>(), token.mutable_data_ptr<int32_t>(),
+                                                         row.mutable_data_ptr<int32_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {ends, token, row};
 }
@@ -175,13 +179,13 @@ at::Tensor permute(const at::Tensor& x_in, const at::Tensor& token_in, const at:
   check_index("token", token_in, 1, x_in);
   check_index("row", row_in, 2, x_in);
   const c10::cuda::CUDAGuard guard(x_in.device());
-  const at::Tensor x = x_in.contiguous(), token = token_in.contiguous();
+  const at::Tensor x = with_rows(x_in), token = token_in.contiguous();
   at::Tensor out = at::empty({token.size(0), x.size(1)}, x.options());
   if (out.numel() == 0) return out;
   by_piece(x, in_pieces_of_16(x), [&]<typename Piece>(Piece*) {
-    const int64_t pieces = x.size(1) * x.element_size() / static_cast<int64_t>(sizeof(Piece));
+    const int64_t per_piece = static_cast<int64_t>(sizeof(Piece) / x.element_size()), pieces = x.size(1) / per_piece;
     permute_kernel<<<token.size(0), std::min<int64_t>(kThreads, (pieces + 31) / 32 * 32), 0, c10::cuda::getCurrentCUDAStream()>>>(
-        static_cast<const Piece*>(x.const_data_ptr()), token.const_data_ptr<int32_t>(), x.size(0), pieces,
+        static_cast<const Piece*>(x.const_data_ptr()), x.stride(0) / per_piece, token.const_data_ptr<int32_t>(), x.size(0), pieces,
         static_cast<Piece*>(out.mutable_data_ptr()));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

@@ -23,7 +23,7 @@ from megatron_m2.model.m2 import M2Model, build_model
 from megatron_m2.model.shards import ShardReader, complete_folder, read_json, write_json, write_shards
 from megatron_m2.ops.fp8 import E4M3, dequantize_blocks, quantize_blocks, scale_shape
 
-__all__ = ["config_from_hf", "config_to_hf", "convert_shards", "load_hf", "save_hf"]
+__all__ = ["config_from_hf", "config_to_hf", "convert_shards", "load_hf", "save_hf", "write_hf"]
 
 _log = logging.getLogger(__name__)
 _SCALE = "_scale_inv"  # what FP8 weights' factors add to the name
@@ -218,12 +218,18 @@ def save_hf(model: M2Model, path: str | Path, tokenizer_dir: str | Path | None =
     Raises:
         ValueError: ``path`` holds something else, or could not be written; no part of the export is left then.
     """
-    encoding = _Encoding(dtype or model.dtype, fp8)
+    state = model.state_dict()
+    write_hf(path, model.config, lambda slot: slot.view(state), dtype or model.dtype, tokenizer_dir, fp8=fp8,
+             max_shard_bytes=max_shard_bytes)
+
+
+def write_hf(path: str | Path, config: ModelConfig, weight: Callable[[Slot], Tensor], dtype: torch.dtype,
+             tokenizer_dir: str | Path | None = None, *, fp8: bool = False, max_shard_bytes: int = _MAX_SHARD_BYTES) -> None:
+    """:func:`save_hf` of tensors that ``weight`` gives one at a time, in the order of :func:`layout`."""
     tokenizer = None if tokenizer_dir is None else Path(tokenizer_dir)
     special = {} if tokenizer is None else special_token_ids(tokenizer)
-    hf_config = config_to_hf(model.config, encoding.dtype, fp8, **special)
-    state = model.state_dict()
-    _write(path, hf_config, layout(model.config), lambda slot: slot.view(state), encoding, tokenizer, max_shard_bytes)
+    hf_config = config_to_hf(config, dtype, fp8, **special)
+    _write(path, hf_config, layout(config), weight, _Encoding(dtype, fp8), tokenizer, max_shard_bytes)
 
 
 def convert_shards(source: str | Path, path: str | Path, tokenizer_dir: str | Path | None = None, *, dtype: torch.dtype | None = None,

@@ -148,8 +148,8 @@ class MoE(nn.Module):
             aux_loss = balance_loss(logits_TE, routed.counts, multiplicity_T, partial(total, axis=self.mesh.sequence))
         return out, RouterStats(routed.counts, aux_loss)
 
-    def _experts(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        return swiglu_experts(x, self.gate_up_proj, self.down_proj, weights, experts, self.fp8)
+    def _experts(self, x: Tensor, weights: Tensor, experts: Tensor, routed: int) -> Tensor:
+        return swiglu_experts(x, self.gate_up_proj, self.down_proj, weights, experts, self.fp8, routed)
 
 
 def balance_loss(logits_TE: Tensor, counts_E: Tensor, multiplicity_T: Tensor | None,

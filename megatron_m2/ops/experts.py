@@ -27,14 +27,15 @@ def experts_reference(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, weig
 
 
 def swiglu_experts(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, weights_TK: Tensor, experts_TK: Tensor,
-                   fp8: bool = False) -> Tensor:
+                   fp8: bool = False, routed: int | None = None) -> Tensor:
     """``sum_k weights[t, k] * down_e (silu(gate_e x_t) * up_e x_t)`` with e = experts[t, k].
 
     Args:
         x_TH: [T, H].
         gate_up_E2FH: [E, 2 F, H], gate rows first; down_EHF: [E, H, F]; both in x's dtype.
-        weights_TK: fp32 [T, K] (fp64 for fp64); experts_TK: int32 [T, K], each below E.
+        weights_TK: fp32 [T, K] (fp64 for fp64); experts_TK: int32 [T, K], each below E; -1: none.
         fp8: the products and their gradients in blockwise FP8 (bf16 only).
+        routed: at most so many slots have an expert, default all: memory and time are for so many.
 
     Returns:
         [T, H] in x's dtype.
@@ -45,7 +46,7 @@ def swiglu_experts(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, weights
     check_expert_weights(x_TH, gate_up_E2FH, down_EHF)
     if weights_TK.shape != experts_TK.shape or experts_TK.shape[0] != x_TH.shape[0]:
         raise ValueError(f"experts: {list(experts_TK.shape)}, need the {list(weights_TK.shape)} of weights with {len(x_TH)} tokens")
-    layout = permute_layout(experts_TK, len(gate_up_E2FH), ROW_BLOCK if fp8 else _ROW_STEP)
+    layout = permute_layout(experts_TK, len(gate_up_E2FH), ROW_BLOCK if fp8 else _ROW_STEP, routed)
     if fp8:
         return unpermute(grouped_swiglu_fp8(x_TH, gate_up_E2FH, down_EHF, layout), layout, weights_TK)
     rows_RH = grouped_swiglu(permute(x_TH, layout), gate_up_E2FH, down_EHF, layout.ends)

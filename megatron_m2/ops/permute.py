@@ -26,7 +26,7 @@ class Layout(NamedTuple):
     row: Tensor
 
 
-def permute_layout_reference(experts_TK: Tensor, num_experts: int, block: int = 1) -> Layout:
+def permute_layout_reference(experts_TK: Tensor, num_experts: int, block: int = 1, routed: int | None = None) -> Layout:
     """:func:`permute_layout` in plain torch."""
     flat, device = experts_TK.flatten().long(), experts_TK.device
     counts = torch.bincount(flat + 1, minlength=num_experts + 1)[1:]
@@ -35,7 +35,10 @@ def permute_layout_reference(experts_TK: Tensor, num_experts: int, block: int = 
     order = flat.argsort(stable=True)[len(flat) - int(counts.sum()) :]
     shift = (ends - padded) - (counts.cumsum(0) - counts)  # of each expert's first row, by the padding before it
     row_sorted = torch.arange(len(order), device=device) + shift[flat[order]]
-    rows = flat.numel() + min(flat.numel(), num_experts) * (block - 1)
+    routed = flat.numel() if routed is None else routed
+    if len(order) > routed:
+        raise ValueError(f"routed: {routed}, but {len(order)} slots have an expert")
+    rows = routed + min(routed, num_experts) * (block - 1)
     token = torch.full((-(-rows // block) * block,), -1, dtype=torch.int32, device=device)
     token[row_sorted] = (order // experts_TK.shape[1]).int()
     row = torch.full_like(flat, -1).index_copy(0, order, row_sorted)
@@ -58,23 +61,26 @@ def _kernel_takes(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float32) and _extension.available(x.device.type)
 
 
-def permute_layout(experts_TK: Tensor, num_experts: int, block: int = 1) -> Layout:
+def permute_layout(experts_TK: Tensor, num_experts: int, block: int = 1, routed: int | None = None) -> Layout:
     """Groups (token, slot) pairs by expert.
 
     Args:
         experts_TK: int32 [T, K], each in [0, num_experts), or -1: the slot goes nowhere.
         block: rows of each expert are padded to a multiple of it.
+        routed: at most so many slots have an expert; default all. There are rows for so many.
 
     Raises:
-        ValueError: dtype or shape does not fit, or an expert is out of range (on the CPU), naming the argument.
+        ValueError: dtype or shape does not fit, more slots have an expert or one is out of range (both on the CPU), naming the argument.
     """
     if experts_TK.dim() != 2 or experts_TK.dtype != torch.int32:
         raise ValueError(f"experts: {experts_TK.dtype} {list(experts_TK.shape)}, need torch.int32 [tokens, top_k]")
     if num_experts < 1 or block < 1:
         raise ValueError(f"num_experts: {num_experts}, block: {block}; need 1 or more of each")
+    if routed is not None and not 0 <= routed <= experts_TK.numel():
+        raise ValueError(f"routed: {routed}, need 0 to {experts_TK.numel()}")
     if _extension.available(experts_TK.device.type):
-        return Layout(*torch.ops.m2_ops.permute_layout(experts_TK, num_experts, block))
-    return permute_layout_reference(experts_TK, num_experts, block)
+        return Layout(*torch.ops.m2_ops.permute_layout(experts_TK, num_experts, block, routed))
+    return permute_layout_reference(experts_TK, num_experts, block, routed)
 
 
 def permute(x_TW: Tensor, layout: Layout) -> Tensor:
@@ -116,8 +122,9 @@ def unpermute(rows_RW: Tensor, layout: Layout, weights_TK: Tensor | None = None)
 # ---- torch.library: shapes for tracing, gradients ---------------------------------------------------------------------------------
 
 
-def _layout_fake(experts: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows = experts.numel() + min(experts.numel(), num_experts) * (block - 1)
+def _layout_fake(experts: Tensor, num_experts: int, block: int, routed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    routed = experts.numel() if routed is None else routed
+    rows = routed + min(routed, num_experts) * (block - 1)
     return experts.new_empty(num_experts), experts.new_empty((rows + block - 1) // block * block), torch.empty_like(experts)
 
 

@@ -138,10 +138,15 @@ class Bucket:
     def new_shard(self) -> Tensor:
         """[W] with this rank's boxes of the weights, in the dtype of accumulation."""
         shard_W = torch.zeros(self.starts[-1], dtype=accumulation_dtype(self.dtype), device=self.device)
-        for p, cut, box in zip(self.parameters, self.cuts, self.boxes(shard_W), strict=True):
-            start, stop = cut.bounds(self.replicas.shards.rank)
-            box.copy_(p.detach().narrow(cut.dim, start, stop - start))
+        for index, (p, box) in enumerate(zip(self.parameters, self.boxes(shard_W), strict=True)):
+            box.copy_(self.mine(index, p.detach()))
         return shard_W
+
+    def mine(self, index: int, tensor: Tensor) -> Tensor:
+        """This rank's box of a tensor of a weight's shape, a view."""
+        cut = self.cuts[index]
+        start, stop = cut.bounds(self.replicas.shards.rank)
+        return tensor.narrow(cut.dim, start, stop - start)
 
     def boxes(self, shard_W: Tensor) -> list[Tensor]:
         """Each weight's box in such a shard, a view."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_m2.parallel.layout import ParallelConfig
 from megatron_m2.parallel.mesh import ONE, Mesh, build_mesh
+from megatron_m2.parallel.watchdog import PATIENCE
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
@@ -33,7 +34,7 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> int:
 
 @contextmanager
 def join(config: ParallelConfig, device: torch.device, kv_heads: int) -> Iterator[Mesh]:
-    """The mesh over all processes, torn down at the end; a mesh of ones where there is one process.
+    """The mesh over all processes, torn down at a good end; a mesh of ones where there is one process.
 
     Args:
         device: of this rank's tensors: NCCL connects GPUs, gloo CPUs.
@@ -44,8 +45,8 @@ def join(config: ParallelConfig, device: torch.device, kv_heads: int) -> Iterato
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=config.timeout_s))
-    try:
-        yield build_mesh(config, device.type, kv_heads)
-    finally:
-        dist.destroy_process_group()
+    # gloo raises in the rank that waits, and the watchdog takes it from there; NCCL ends the process, for which the watchdog comes first
+    patience = config.timeout_s * (1 if device.type == "cuda" else PATIENCE)
+    dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=patience))
+    yield build_mesh(config, device.type, kv_heads)
+    dist.destroy_process_group()  # not after an error: what others have begun would not end

@@ -16,7 +16,7 @@ class ParallelConfig:
         vpp: stages per pp rank. schedule: of the pipeline: 1f1b (vpp 1), interleaved or zero_bubble (vpp 2 or more), zbv (vpp 2, the
             first stage beside the last).
         recompute: keep only each layer's input for the backward, which runs the layer again.
-        timeout_s: seconds after which a collective that some rank does not join has failed.
+        timeout_s: seconds within which a rank that died or stalls ends the job; so a collective takes at most 0.7 of it.
     """
 
     pp: int = 1

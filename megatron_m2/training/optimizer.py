@@ -133,6 +133,17 @@ class MasterAdamW:
             state[name] = {"step": self.adamw.steps(master), **{k: self._boxed(name, t) for k, t in tensors.items()}}
         return state
 
+    def weights(self) -> dict[str, Tensor | Box]:
+        """This rank's shards of the working weights: what replicas have together, each gives a checkpoint a part of."""
+        state: dict[str, Tensor | Box] = {}
+        for name, p in self.parameters.items():
+            mine = p.detach()
+            if name in self._place:
+                bucket, index = self._place[name]
+                mine = bucket.mine(index, mine)
+            state[name] = self._boxed(name, mine)
+        return state
+
     def _boxed(self, name: str, local: Tensor) -> Tensor | Box:
         if name in self._place:
             bucket, index = self._place[name]

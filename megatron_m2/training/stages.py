@@ -12,6 +12,7 @@ from megatron_m2.model.config import ModelConfig
 from megatron_m2.model.layers import Router
 from megatron_m2.model.m2 import M2Output, build_stages
 from megatron_m2.ops.weight_grad import Later
+from megatron_m2.parallel.box import Box, module_boxes
 from megatron_m2.parallel.context import TokenShards
 from megatron_m2.parallel.layout import ParallelConfig
 from megatron_m2.parallel.mesh import Mesh
@@ -61,6 +62,10 @@ class ModelStages:
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and router biases, under their names in the whole model."""
         return {name: value for stage in self.stages.values() for name, value in stage.state_dict().items()}
+
+    def boxes(self) -> dict[str, Tensor | Box]:
+        """The same at their places in the whole weights: what goes into checkpoints."""
+        return {name: value for stage in self.stages.values() for name, value in module_boxes(stage).items()}
 
     def routers(self) -> Iterator[tuple[int, Router]]:
         """Every router, with its row in the whole model's expert counts."""

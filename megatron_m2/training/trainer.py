@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_m2.data.dataset import Dataset
+from megatron_m2.data.stream import ForestStream
 from megatron_m2.forest import TokenForest
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.ops.router import update_router_bias
@@ -43,12 +44,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, mesh: Mesh = ONE) -> None:
         self.config, self.mesh = config, mesh
         self.device = pick_device(config.run.device, local_rank())
-        self.dataset = Dataset(config.data.path)
-        if self.dataset.vocab_size > config.model.vocab_size:
-            raise ValueError(f"model.vocab_size = {config.model.vocab_size}: {config.data.path} needs at least {self.dataset.vocab_size}")
-        self.stream = self.dataset.stream(config.data.blend, tokens_per_forest=config.data.tokens_per_forest, seq_len=config.data.seq_len,
-                                          seed=config.run.seed, open_documents=config.data.open_documents,
-                                          rank=mesh.dp.rank, world=mesh.dp.size)
+        self.dataset, self.stream = open_data(config, mesh)
         torch.manual_seed(config.run.seed)  # its state is part of every checkpoint
         self.stages = ModelStages(config.model, config.parallel, mesh, DTYPES[config.run.dtype], self.device, config.run.seed,
                                   depth=config.data.seq_len // 2)
@@ -56,6 +52,7 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.folder = Path(config.run.dir) / "checkpoints"
+        self.saver = checkpoint.Saver(self.folder, config.run.keep_checkpoints, mesh)
         self.last_counts = torch.zeros(0, dtype=torch.int64)
 
     # ---- one step -------------------------------------------------------------------------------------------------------------
@@ -134,16 +131,19 @@ class Trainer:
     # ---- checkpoints ----------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        return {"model": self.stages.state_dict(), "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        return {"model": self.stages.boxes(), "optimizer": self.optimizer.state_dict(),
+                "rng": checkpoint.PerRank(torch.get_rng_state())}
 
-    def save(self) -> Path:
-        """Writes a checkpoint of this step.
+    def save(self, wait: bool = False) -> None:
+        """Starts to write a checkpoint of this step in the background; with ``wait`` it is there on return.
 
         Raises:
-            CheckpointError: it could not be written; earlier ones are untouched.
+            CheckpointError: it, or the one before, could not be written; earlier ones are untouched.
         """
         trainer = {"tokens": self.tokens, "stream": self.stream.state_dict(), "data": self.config.data.path}
-        return checkpoint.save(self.folder, self.step, self.config.model, self._state(), trainer, keep=self.config.run.keep_checkpoints)
+        self.saver.start(self.step, self.config.model, self._state(), trainer)
+        if wait:
+            self.saver.wait()
 
     def resume(self) -> bool:
         """Goes on from the newest checkpoint of the run's folder.
@@ -154,21 +154,35 @@ class Trainer:
         Raises:
             CheckpointError: it is damaged or of another model.
         """
-        found = checkpoint.checkpoints(self.folder)
-        if not found:
+        newest = checkpoint.newest(self.folder, self.mesh)
+        if newest is None:
             return False
-        saved = checkpoint.read_config(found[-1]).to_dict()
+        saved = checkpoint.read_config(newest).to_dict()
         for name, value in self.config.model.to_dict().items():
             if saved[name] != value:
-                raise checkpoint.CheckpointError(f"{found[-1]} is of another model: {name} = {saved[name]}, configured {value}; "
+                raise checkpoint.CheckpointError(f"{newest} is of another model: {name} = {saved[name]}, configured {value}; "
                                                  "choose another run.dir or the same model")
         state = self._state()
-        trainer = checkpoint.load(found[-1], state)
-        torch.set_rng_state(state["rng"])
+        trainer = checkpoint.load(newest, state, self.mesh)
+        torch.set_rng_state(state["rng"].local)
         self.optimizer.write_back()
         self.stream.load_state_dict(trainer["stream"])
         self.step, self.tokens = trainer["step"], trainer["tokens"]
         return True
+
+
+def open_data(config: TrainConfig, mesh: Mesh = ONE) -> tuple[Dataset, ForestStream]:
+    """The data of a run and this rank's stream of it.
+
+    Raises:
+        ValueError: the data is not there, damaged or not for this configuration.
+    """
+    data = config.data
+    dataset = Dataset(data.path)
+    if dataset.vocab_size > config.model.vocab_size:
+        raise ValueError(f"model.vocab_size = {config.model.vocab_size}: {data.path} needs at least {dataset.vocab_size}")
+    return dataset, dataset.stream(data.blend, tokens_per_forest=data.tokens_per_forest, seq_len=data.seq_len, seed=config.run.seed,
+                                   open_documents=data.open_documents, rank=mesh.dp.rank, world=mesh.dp.size)
 
 
 def step_forward_flops(model: ModelConfig, forest: TokenForest) -> int:
@@ -195,14 +209,17 @@ def pick_device(name: str, number: int = 0) -> torch.device:
         return device
     if not torch.cuda.is_available():
         raise ValueError(f"run.device = {name}: torch {torch.__version__} sees no GPU here; use cpu or auto")
+    if device.index is None and number >= torch.cuda.device_count():
+        raise ValueError(f"LOCAL_RANK = {number}: this machine has {torch.cuda.device_count()} GPUs; nearest is "
+                         f"{torch.cuda.device_count()} processes per node")
     return torch.device("cuda", number if device.index is None else device.index)
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them, so that the loop can save first."""
+    """Collects SIGTERM, SIGINT and SIGUSR1 (a batch system's warning) instead of dying of them, so that the loop can save first."""
     caught: list[int] = []
-    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         yield caught
     finally:
@@ -232,7 +249,7 @@ def fit(trainer: Trainer, resolved: dict[str, Any]) -> bool:
                     log.write(trainer.step, {**values, **meter.read()})
                 log.progress(trainer.step, {"loss": f"{values['loss/lm']:.3f}", "tok/s": f"{values['throughput/tokens_per_s']:,.0f}"})
                 if last or stop or (run.save_every and trainer.step % run.save_every == 0):
-                    trainer.save()
+                    trainer.save(wait=bool(last or stop))
                 if stop and not last:
                     _log.warning("stopped by %s after step %d; saved, the same command goes on from there",
                                  signal.Signals(stop).name, trainer.step)

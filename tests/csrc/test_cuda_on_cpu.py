@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 SELECTIONS = {
     "router": (["tests/ops/test_router.py"], "not bad_routes and not large"),
     "permute": (["tests/ops/test_permute.py"], "not check_for_themselves and not large"),
+    "expert_parallel": (["tests/ops/test_expert_parallel.py", "tests/gpu/test_expert_parallel_cuda.py"], "not check_for_themselves"),
     "norm_rope": (["tests/ops/test_norm_rope.py"], "not threads"),
     "linear_cross_entropy": (["tests/ops/test_linear_cross_entropy.py"], "dtype2 or backwards or certain or opcheck"),
     "fp8": (["tests/gpu/test_fp8_cuda.py"], "test"),

@@ -7,9 +7,12 @@ import os
 import pytest
 import torch
 
-from megatron_m2.ops import _extension
-
 EMULATED = "M2_CUDA_ON_CPU" in os.environ
+if EMULATED:  # in processes that pytest did not start, too
+    import tests.csrc.cuda_on_cpu  # noqa: F401
+
+from megatron_m2.ops import _extension  # noqa: E402  # after what takes the place of its library
+
 DEVICE = "cpu" if EMULATED else "cuda"
 
 needs_gpu = [] if EMULATED else [

@@ -46,6 +46,28 @@ def test_layout(tokens, experts, top_k, block, width, seed):
     assert torch.equal(layout.token[layout.row.flatten()[placed].long()], wanted)
 
 
+@cases
+def test_layout_for_so_many(tokens, experts, top_k, block, width, seed):
+    """Told how many slots have an expert: the same rows, but fewer."""
+    chosen = routes(seed, tokens, experts, min(top_k, experts))
+    routed = int((chosen >= 0).sum())
+    whole, layout = permute_layout(chosen, experts, block), permute_layout(chosen, experts, block, routed)
+    assert all(torch.equal(a, b) for a, b in zip(layout, permute_layout_reference(chosen, experts, block, routed), strict=True))
+    assert torch.equal(layout.ends, whole.ends)
+    assert torch.equal(layout.row, whole.row)
+    assert len(layout.token) == -(-(routed + min(routed, experts) * (block - 1)) // block) * block
+    assert torch.equal(layout.token, whole.token[: len(layout.token)])
+
+
+def test_rows_that_lie_apart():
+    for width, apart in ((64, 96), (64, 65), (5, 9)):
+        layout, x = permute_layout(routes(1, 30, 4, 2), 4, 4), torch.randn(30, apart)[:, :width]
+        for dtype in (torch.float32, torch.bfloat16):
+            whole = x.to(dtype)
+            storage = torch.empty(30, apart, dtype=dtype)
+            assert torch.equal(permute(storage[:, :width].copy_(whole), layout), permute(whole.contiguous(), layout))
+
+
 def run(x, rows, layout, weights):
     x, rows, weights = x.clone().requires_grad_(), rows.clone().requires_grad_(), weights.clone().requires_grad_()
     spread, combined, plain = permute(x, layout), unpermute(rows, layout, weights), unpermute(rows, layout)
@@ -91,6 +113,7 @@ def test_ops_pass_opcheck():
     x, rows = torch.randn(6, 20, requires_grad=True), torch.randn(len(layout.token), 20, requires_grad=True)
     weights = torch.rand(6, 2, requires_grad=True)
     torch.library.opcheck(ops.permute_layout, (chosen, 4, 4))
+    torch.library.opcheck(ops.permute_layout, (chosen, 4, 4, 12))
     torch.library.opcheck(ops.permute, (x, layout.token, layout.row))
     torch.library.opcheck(ops.unpermute, (rows, layout.token, layout.row, weights))
     torch.library.opcheck(ops.unpermute, (rows, layout.token, layout.row, None))
@@ -104,6 +127,8 @@ def test_arguments_that_do_not_fit_are_named():
         permute_layout(chosen.long(), 4)
     with pytest.raises(ValueError, match="block: 0"):
         permute_layout(chosen, 4, 0)
+    with pytest.raises(ValueError, match="routed: 13, need 0 to 12"):
+        permute_layout(chosen, 4, routed=13)
     with pytest.raises(ValueError, match=r"x: torch\.float32 \[5, 3\]"):
         permute(torch.randn(5, 3), layout)
     with pytest.raises(ValueError, match=r"rows: torch\.float32 \[11, 3\]"):
@@ -118,6 +143,8 @@ def test_kernels_check_for_themselves():
     layout = permute_layout(chosen, 4)
     with pytest.raises(ValueError, match=r"experts\[5, 1\]: 7, need -1 to 3"):
         permute_layout(chosen.index_put((torch.tensor(5), torch.tensor(1)), torch.tensor(7, dtype=torch.int32)), 4)
+    with pytest.raises(ValueError, match="routed: 11, but 12 slots have an expert"):
+        permute_layout(chosen, 4, routed=11)
     with pytest.raises(ValueError, match="x: Double"):
         ops.permute(torch.randn(6, 3).double(), layout.token, layout.row)
     with pytest.raises(ValueError, match=r"token\[0\]: 9"):

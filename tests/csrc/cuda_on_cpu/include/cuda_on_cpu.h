@@ -302,3 +302,4 @@ struct CUDAGuard {
 inline int getCurrentCUDAStream() { return 0; }
 inline int current_device() { return 0; }
 }  // namespace c10::cuda
+#include "ipc_on_cpu.h"
