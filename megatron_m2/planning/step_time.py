@@ -135,7 +135,7 @@ def _elementwise_bytes(job: Job, layout: Layout, s: Shares, backward: bool) -> f
         rows = 4 * hidden + 2 * hidden + 8 * hidden + 22 * f  # torch's kernel: masked copies of input, hidden, product, output; SwiGLU
     forward = s.rank * tokens + s.cp * heads + s.layout_rows * rows
     if layout.parallel.ep > 1:
-        forward += s.sent * 22 * hidden  # gathered for sending 4, widened 6, added 12
+        forward += s.sent * 6 * hidden + s.rank * 2 * hidden  # packed into messages 4; sums of what came back
     weights = 3 * w.experts * m.expert_parameters if m.fp8_experts else 0  # read in bf16, written as codes
     if not backward:
         return forward + weights

@@ -86,20 +86,21 @@ def layer_traffic(job: Job, layout: Layout, s: Shares, backward: bool) -> list[T
 def _expert_traffic(job: Job, layout: Layout, s: Shares, backward: bool) -> list[Traffic]:
     """Rows to their experts and sums back; in the backward gradients the same two ways."""
     m, ep, cluster = job.model, layout.parallel.ep, job.cluster
-    row = m.hidden_size * _BF16
-    codes = m.hidden_size + -(-m.hidden_size // 128) * _FP32
-    there = (codes if job.options.dispatch_fp8 and not backward else row) + m.top_k * _FP32  # with the routing weights or their gradients
-    if not backward:
-        there += m.top_k * _INT32  # and the choices
+    row, weights = m.hidden_size * _BF16, m.top_k * _FP32
+    if backward:
+        there, back, messages = row, row + weights, 2
+    else:  # one message with state, weights and choices
+        codes = m.hidden_size + -(-m.hidden_size // 128) * _FP32
+        there, back, messages = (codes if job.options.dispatch_fp8 else row) + weights + m.top_k * _INT32, row, 1
     others = s.sent * (ep - 1) / ep
     if not job.options.node_dedup or cluster.per_node(ep, 1) == ep:
-        return [_exchange("ep", "ep dispatch", others * there, ep, 1, cluster, 2 if backward else 4),
-                _exchange("ep", "ep combine", others * row, ep, 1, cluster)]
+        return [_exchange("ep", "ep dispatch", others * there, ep, 1, cluster, 1 if backward else 2),  # forward: the counts too
+                _exchange("ep", "ep combine", others * back, ep, 1, cluster, messages)]
     nodes = ep // cluster.per_node(ep, 1)
     far = s.rank * distinct_groups(m.num_experts, m.top_k, nodes) * (nodes - 1) / nodes
     inside = s.sent * (1 - nodes / ep)  # every row but those for the rank where it enters the node
-    return [Traffic("ep", "ep dispatch", inside * there, far * there, 2 if backward else 4),
-            Traffic("ep", "ep combine", inside * row, far * row)]
+    return [Traffic("ep", "ep dispatch", inside * there, far * there, 1 if backward else 2),
+            Traffic("ep", "ep combine", inside * back, far * back, messages)]
 
 
 def ends_traffic(job: Job, layout: Layout, stage: Stage, s: Shares) -> list[Traffic]:

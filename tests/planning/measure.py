@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_m2.forest import TokenForest
 from megatron_m2.model.m2 import M2Model
+from megatron_m2.parallel.collectives import highest
 from megatron_m2.parallel.mesh import ONE, Axis, Mesh
 from megatron_m2.planning.cluster import ClusterConfig
 from megatron_m2.planning.job import Job, Layout, Options
@@ -90,7 +91,7 @@ class Trained:
 
     def step(self) -> None:
         self.stages.train(self.forests, self.weights, 0.3, len(self.forests), self.optimizer.before_backward)
-        self.optimizer.step(1e-3)
+        self.optimizer.step(0.0)  # routes stay as they are
 
     def accumulate(self) -> None:
         """The step's forwards and backwards, nothing reduced: gloo copies what it reduces, NCCL does not."""
@@ -101,6 +102,11 @@ class Trained:
         """The only stage."""
         (model,) = self.stages.stages.values()
         return model
+
+    def fullest(self, value: int) -> int:
+        """The largest of this stage's ranks'."""
+        axis = self.stages.mesh.stage
+        return value if axis.size == 1 else int(highest(torch.tensor(value), axis))
 
     def standing_bytes(self) -> tuple[int, int, int]:
         """Of the weights; of the gradients' sums that stay from step to step; of masters and moments."""
@@ -138,6 +144,8 @@ class SentBytes(TorchDispatchMode):
     def _sent(name: str, args, ranks: int, me: int) -> float:
         if name == "allreduce_":  # as a reduce-scatter and a gather
             return 2 * (ranks - 1) / ranks * sum(t.nbytes for t in args[0])
+        if name in ("send", "recv_"):  # between stages
+            return sum(t.nbytes for t in args[0]) if name == "send" else 0.0
         tensor = args[1]
         if name == "_allgather_base_":
             return (ranks - 1) * tensor.nbytes
