@@ -1,7 +1,8 @@
 // Every op of megatron_m2 on one page: schemas here, kernels in csrc/<op>/, Python side in megatron_m2/ops/<op>.py.
 // Shape suffixes: T tokens, E experts, K experts per token.
-#include <Python.h>
 #include <torch/library.h>
+
+#include "forest/python.h"
 
 TORCH_LIBRARY(m2_ops, m) {
   // ---- router: sigmoid scores with a choosing bias (DeepSeek-V3 eq. 13-16; MiniMax-M2) -------------------------------------------
@@ -100,15 +101,12 @@ TORCH_LIBRARY(m2_ops, m) {
   m.def("grouped_wgrad_fp8(Tensor dy, Tensor dy_scale, Tensor x, Tensor x_scale, Tensor ends) -> Tensor");
 }
 
-// Importing megatron_m2._C runs the registrations of this library; the module itself only says what it was built with.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  PyObject* module = PyModule_Create(&definition);
+// Importing megatron_m2._C runs the registrations of this library; the module itself has what needs no tensors.
+PYBIND11_MODULE(_C, module) {
 #ifdef M2_WITH_CUDA
-  PyObject* with_cuda = Py_True;
+  module.attr("with_cuda") = true;
 #else
-  PyObject* with_cuda = Py_False;
+  module.attr("with_cuda") = false;
 #endif
-  if (module && PyModule_AddObjectRef(module, "with_cuda", with_cuda) < 0) Py_CLEAR(module);
-  return module;
+  m2::forest::bind(module);
 }
