@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_m2.ops import _extension
+from megatron_m2.ops._checks import check_devices
 from megatron_m2.ops.permute import Layout
 
 # Shape suffixes: O outputs, I inputs of a weight; P, Q its blocks along each, ceil(O / block) and ceil(I / block).
@@ -117,6 +118,7 @@ def permute_quantize(x_TW: Tensor, layout: Layout) -> Quantized:
     _check_rows("x", x_TW)
     if len(x_TW) != len(layout.row):
         raise ValueError(f"x: {list(x_TW.shape)}, need {len(layout.row)} tokens")
+    check_devices(x_TW, layout=layout.token)
     if _kernel_takes(x_TW):
         return Quantized(*torch.ops.m2_ops.permute_quantize(x_TW, layout.token))
     codes, scales = quantize_rows(x_TW)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_m2.ops import _extension
+from megatron_m2.ops._checks import check_devices
 from megatron_m2.ops.fp8 import (
     Quantized,
     dequantize_blocks,
@@ -114,6 +115,7 @@ def grouped_mm_fp8(x_RA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
         raise ValueError(f"x: {x_RA.dtype} {list(x_RA.shape)}, need bfloat16 of an even width")
     if w_EBA.dim() != 3 or w_EBA.shape[2] != x_RA.shape[1] or w_EBA.shape[1] % 2 or w_EBA.dtype != x_RA.dtype:
         raise ValueError(f"w: {w_EBA.dtype} {list(w_EBA.shape)} does not fit x {x_RA.dtype} {list(x_RA.shape)}, or has an odd width")
+    check_devices(x_RA, w=w_EBA)
     if ends_E.device.type == "cpu" and bool((ends_E % ROW_BLOCK).any()):
         raise ValueError(f"ends: {ends_E.tolist()}, need multiples of {ROW_BLOCK}")
     return _GroupedMM.apply(x_RA, w_EBA, ends_E)
