@@ -37,7 +37,10 @@ def cuda_obstacle() -> str | None:
     if CUDA_HOME is None:
         return f"torch has CUDA {torch.version.cuda}, but no toolkit was found (set CUDA_HOME)"
     nvcc = Path(CUDA_HOME, "bin", "nvcc")
-    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    try:
+        report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        return f"torch has CUDA {torch.version.cuda}, but {nvcc} does not run: {error.strerror}"
     toolkit = re.search(r"release (\d+)\.(\d+)", report)
     if toolkit is None:
         return f"{nvcc} --version names no release"
