@@ -267,6 +267,8 @@ inline unsigned __match_any_sync(unsigned, int value) {
   });
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 template <typename T>
 T atomicAdd(T* to, T value) {
   const T before = *to;
