@@ -94,9 +94,21 @@ TORCH_LIBRARY(m2_ops, m) {
   m.def("permute_quantize(Tensor x, Tensor token) -> (Tensor codes, Tensor scales)");
   // quantize_rows of silu(gate) * up, hidden [R, 2 F] = gate | up.
   m.def("swiglu_quantize(Tensor hidden) -> (Tensor codes, Tensor scales)");
+  // quantize_rows and quantize_columns of one reading of x.
+  m.def("quantize_rows_columns(Tensor x) -> (Tensor codes, Tensor scales, Tensor column_codes, Tensor column_scales)");
+  // quantize_columns of what the codes by rows stand for, rounded to bf16.
+  m.def("requantize_columns(Tensor codes, Tensor scales) -> (Tensor column_codes, Tensor column_scales)");
+  // quantize_rows_columns of the gradient of hidden [R, 2 F] = gate | up from d_act [R, F], that of silu(gate) * up, rounded to bf16.
+  m.def(
+      "swiglu_backward_quantize(Tensor d_act, Tensor hidden) -> (Tensor codes, Tensor scales, Tensor column_codes, "
+      "Tensor column_scales)");
   // grouped_mm of codes: fp32 sums over 128 terms, times both factors, added in fp32. w_scale [E, ceil / 128, ceil / 128] as w lies. ->
   // bf16
   m.def("grouped_mm_fp8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor ends, bool transposed) -> Tensor");
+  // grouped_mm_fp8 by w [E, 2 F, A] transposed -> hidden bf16 [R, 2 F] = gate | up, and swiglu_quantize of it: codes [R, F], scales.
+  m.def(
+      "grouped_swiglu_fp8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor ends) -> (Tensor codes, Tensor scales, "
+      "Tensor hidden)");
   // grouped_wgrad of codes by columns; groups end on multiples of 128 rows. -> bf16
   m.def("grouped_wgrad_fp8(Tensor dy, Tensor dy_scale, Tensor x, Tensor x_scale, Tensor ends) -> Tensor");
 }

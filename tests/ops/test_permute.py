@@ -126,7 +126,7 @@ def test_kernels_check_for_themselves():
     layout = permute_layout(chosen, 4)
     with pytest.raises(ValueError, match=r"experts\[5, 1\]: 7, need -1 to 3"):
         permute_layout(chosen.index_put((torch.tensor(5), torch.tensor(1)), torch.tensor(7, dtype=torch.int32)), 4)
-    with pytest.raises(ValueError, match="experts: .* rows with their padding, need less than 2"):
+    with pytest.raises(ValueError, match=r"experts: .* rows with their padding, need less than 2"):
         permute_layout(chosen, 10**9, 2**30)
     with pytest.raises(ValueError, match="x: Double"):
         ops.permute(torch.randn(6, 3).double(), layout.token, layout.row)

@@ -282,6 +282,11 @@ inline unsigned __float_as_uint(float x) {
   std::memcpy(&bits, &x, 4);
   return bits;
 }
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 using std::isnan;
 
 // ---- the runtime --------------------------------------------------------------------------------------------------------------------
