@@ -46,6 +46,8 @@ def cuda_obstacle() -> str | None:
         return f"{nvcc} --version names no release"
     if toolkit[1] != torch.version.cuda.split(".")[0]:
         return f"torch was built with CUDA {torch.version.cuda}, but {nvcc} is {toolkit[1]}.{toolkit[2]}: the major versions must be equal"
+    if not any(True for name in ("lib64", "lib") for _ in Path(CUDA_HOME, name).glob("libcudart.so*")):
+        return f"{CUDA_HOME} has bin/nvcc but no lib64/libcudart.so: set CUDA_HOME to the toolkit itself"
     return None
 
 

@@ -67,8 +67,8 @@ def tree_attention(q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, subtree_end_T: T
         [Q, H, D] in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a ``subtree_end`` that is no forest (not looked at by the GPU's
-            kernel, which would have to wait for it), naming the argument.
+        ValueError: shapes, dtypes or devices that do not fit, or a ``subtree_end`` that is no forest (on a GPU a device assert),
+            naming the argument.
     """
     _check(q_QHD, k_TGD, v_TGD, subtree_end_T, query_start)
     if _kernel_takes(q_QHD):

@@ -54,6 +54,7 @@ runpy.run_path("setup.py", run_name="__main__")
 @pytest.mark.parametrize(("says", "message"), [
     ("echo 'Cuda compilation tools, release 12.4, V12.4.1'",
      "torch was built with CUDA 13.0, but {home}/bin/nvcc is 12.4: the major versions must be equal"),
+    ("echo release 13.0", "{home} has bin/nvcc but no lib64/libcudart.so: set CUDA_HOME to the toolkit itself"),
     ("echo Oracle", "{home}/bin/nvcc --version names no release"),
     (None, "torch has CUDA 13.0, but {home}/bin/nvcc does not run: No such file or directory"),
     ("", "torch has CUDA 13.0, but no toolkit was found (set CUDA_HOME)"),
