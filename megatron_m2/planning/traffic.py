@@ -140,7 +140,8 @@ def replica_traffic(job: Job, layout: Layout, stage: Stage, microbatches: int) -
             continue
         kind = "expert" if g.part == "experts" or (g.part == "mtp" and g.stride == layout.parallel.ep > 1) else "dense"
         shards = sharding.shards(g.replicas, g.part)
-        others, copies, times = (shards - 1) / shards * g.count, g.replicas // shards, microbatches if sharding.zero == 2 and not g.across_stages else 1
+        others, copies = (shards - 1) / shards * g.count, g.replicas // shards
+        times = microbatches if sharding.zero == 2 and not g.across_stages else 1
         if shards > 1:
             width = _FP32 if g.wide else _BF16
             found += [_ring("dp", f"dp {kind} gradients", others * _FP32 * times, shards, g.stride, job.cluster, times),
