@@ -59,11 +59,16 @@ def _experts_kept(job: Job, w: Widths, s: Shares) -> int:
     kept = rows * _FP32 + s.came * m.top_k * _FP32  # of the layout: token of each row, row of each slot
     kept += rows * hidden * _BF16  # output rows, for the gradient of the routing weights
     if m.fp8_experts:
-        codes = hidden + f + (-(-hidden // 128) + -(-f // 128)) * _FP32  # of input and SwiGLU's result, with a factor per 128
+        codes = _codes(hidden) + _codes(f)  # of input and SwiGLU's result
         return kept + rows * (codes + 2 * f * _BF16) + w.experts * m.expert_parameters  # gate and up; the weights' codes
     fused = job.cluster.runs_on == "cpu" or job.options.lean_experts
     gates = 3 * f if fused else 4 * f  # gate, up, their product; torch's kernel: silu(gate) too
     return kept + rows * (hidden + gates) * _BF16
+
+
+def _codes(width: int) -> int:
+    """Bytes of a row in FP8, with a factor per 128 values."""
+    return width + -(-width // 128) * _FP32
 
 
 def layer_input(s: Shares, hidden: int) -> int:
@@ -107,8 +112,8 @@ def layer_working(job: Job, layout: Layout, s: Shares) -> int:
     weight_gradients = w.experts * m.expert_parameters * _BF16
     dispatched = 2 * s.came * hidden * _BF16 if layout.parallel.ep > 1 else 0  # gradients of the rows that came, and of the sum
     if m.fp8_experts:
-        # SwiGLU's gradient: in place of eight fp32 tensors [rows, F] one kernel's result
-        products = rows * (f * _BF16 + (2 * f * _BF16 if job.options.lean_experts else 8 * f * _FP32))
+        # gradients of output and input, and those of the output and of gate and up in codes, by rows and by columns
+        products = rows * (2 * hidden * _BF16 + 2 * _codes(hidden) + 2 * _codes(2 * f)) + weight_gradients
     else:
         products = rows * (hidden + 2 * f) * _BF16 + weight_gradients
         if on_cpu:

@@ -20,8 +20,8 @@ class Options:
     Attributes:
         dispatch_fp8: rows travel to their experts as FP8 codes with a factor per 128 values; the way back and gradients stay bf16.
         node_dedup: a token travels once to every node with one of its experts and is spread inside it, not once to every rank.
-        lean_experts: SwiGLU and its gradient are one kernel each and padded rows are not copied, as in other systems. This code has on a
-            GPU in bf16 torch's product between masked copies, and in FP8 SwiGLU's gradient in fp32 tensors.
+        lean_experts: in bf16 SwiGLU is one kernel and padded rows are not copied, as in other systems. This code has on a GPU torch's
+            product between masked copies there; its FP8 is lean.
         imbalance: rows of the most loaded expert rank over the mean: it sets the pace, and its memory the limit.
         hide_ep, hide_tp, hide_cp, hide_dp, hide_pp: share of each kind of traffic that runs behind computation. What is not yet
             overlapped in the code stays 0. For dp the computation at hand is the last microbatch's backward.

@@ -139,9 +139,8 @@ def _elementwise_bytes(job: Job, layout: Layout, s: Shares, backward: bool) -> f
     weights = 3 * w.experts * m.expert_parameters if m.fp8_experts else 0  # read in bf16, written as codes
     if not backward:
         return forward + weights
-    if m.fp8_experts:  # SwiGLU's gradient, in fp32 tensors or one kernel; four operands quantised by columns, two of them from codes
-        gradient = 8 * f if job.options.lean_experts else 80 * f
-        return 2 * forward + s.layout_rows * (gradient + 12 * hidden + 18 * f)
+    if m.fp8_experts:  # SwiGLU's gradient; four operands quantised by columns, two of them from codes
+        return 2 * forward + s.layout_rows * (12 * hidden + 26 * f)
     return 2 * forward
 
 
