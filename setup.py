@@ -37,12 +37,17 @@ def cuda_obstacle() -> str | None:
     if CUDA_HOME is None:
         return f"torch has CUDA {torch.version.cuda}, but no toolkit was found (set CUDA_HOME)"
     nvcc = Path(CUDA_HOME, "bin", "nvcc")
-    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    try:
+        report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        return f"torch has CUDA {torch.version.cuda}, but {nvcc} does not run: {error.strerror}"
     toolkit = re.search(r"release (\d+)\.(\d+)", report)
     if toolkit is None:
         return f"{nvcc} --version names no release"
     if toolkit[1] != torch.version.cuda.split(".")[0]:
         return f"torch was built with CUDA {torch.version.cuda}, but {nvcc} is {toolkit[1]}.{toolkit[2]}: the major versions must be equal"
+    if not any(True for name in ("lib64", "lib") for _ in Path(CUDA_HOME, name).glob("libcudart.so*")):
+        return f"{CUDA_HOME} has bin/nvcc but no lib64/libcudart.so: set CUDA_HOME to the toolkit itself"
     return None
 
 

@@ -1,7 +1,8 @@
 // Every op of megatron_m2 on one page: schemas here, kernels in csrc/<op>/, Python side in megatron_m2/ops/<op>.py.
 // Shape suffixes: T tokens, E experts, K experts per token.
-#include <Python.h>
 #include <torch/library.h>
+
+#include "forest/python.h"
 
 TORCH_LIBRARY(m2_ops, m) {
   // ---- router: sigmoid scores with a choosing bias (DeepSeek-V3 eq. 13-16; MiniMax-M2) -------------------------------------------
@@ -94,9 +95,21 @@ TORCH_LIBRARY(m2_ops, m) {
   m.def("permute_quantize(Tensor x, Tensor token) -> (Tensor codes, Tensor scales)");
   // quantize_rows of silu(gate) * up, hidden [R, 2 F] = gate | up.
   m.def("swiglu_quantize(Tensor hidden) -> (Tensor codes, Tensor scales)");
+  // quantize_rows and quantize_columns of one reading of x.
+  m.def("quantize_rows_columns(Tensor x) -> (Tensor codes, Tensor scales, Tensor column_codes, Tensor column_scales)");
+  // quantize_columns of what the codes by rows stand for, rounded to bf16.
+  m.def("requantize_columns(Tensor codes, Tensor scales) -> (Tensor column_codes, Tensor column_scales)");
+  // quantize_rows_columns of the gradient of hidden [R, 2 F] = gate | up from d_act [R, F], that of silu(gate) * up, rounded to bf16.
+  m.def(
+      "swiglu_backward_quantize(Tensor d_act, Tensor hidden) -> (Tensor codes, Tensor scales, Tensor column_codes, "
+      "Tensor column_scales)");
   // grouped_mm of codes: fp32 sums over 128 terms, times both factors, added in fp32. w_scale [E, ceil / 128, ceil / 128] as w lies. ->
   // bf16
   m.def("grouped_mm_fp8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor ends, bool transposed) -> Tensor");
+  // grouped_mm_fp8 by w [E, 2 F, A] transposed -> hidden bf16 [R, 2 F] = gate | up, and swiglu_quantize of it: codes [R, F], scales.
+  m.def(
+      "grouped_swiglu_fp8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor ends) -> (Tensor codes, Tensor scales, "
+      "Tensor hidden)");
   // grouped_wgrad of codes by columns; groups end on multiples of 128 rows. -> bf16
   m.def("grouped_wgrad_fp8(Tensor dy, Tensor dy_scale, Tensor x, Tensor x_scale, Tensor ends) -> Tensor");
 
@@ -128,15 +141,12 @@ TORCH_LIBRARY(m2_ops, m) {
   m.def("peer_wait(Tensor flags, int value) -> ()");
 }
 
-// Importing megatron_m2._C runs the registrations of this library; the module itself only says what it was built with.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  PyObject* module = PyModule_Create(&definition);
+// Importing megatron_m2._C runs the registrations of this library; the module itself has what needs no tensors.
+PYBIND11_MODULE(_C, module) {
 #ifdef M2_WITH_CUDA
-  PyObject* with_cuda = Py_True;
+  module.attr("with_cuda") = true;
 #else
-  PyObject* with_cuda = Py_False;
+  module.attr("with_cuda") = false;
 #endif
-  if (module && PyModule_AddObjectRef(module, "with_cuda", with_cuda) < 0) Py_CLEAR(module);
-  return module;
+  m2::forest::bind(module);
 }

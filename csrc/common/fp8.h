@@ -55,4 +55,32 @@ inline void widen(const e4m3* from, int64_t count, at::BFloat16* to) {
   for (; i < count; ++i) to[i] = static_cast<float>(from[i]);
 }
 
+inline float larger(float a, float b) { return b > a || b != b ? b : a; }  // NaN wins
+
+// Greatest magnitude of n values.
+inline float largest(const at::BFloat16* x, int64_t n) {
+  Lanes top(0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) top = at::vec::maximum(top, load(x + i, std::min(kLanes, n - i)).abs());
+  float each[kLanes], result = 0;  // at::vec's maximum keeps NaN, a reduction by instructions may not
+  top.store(each);
+  for (const float value : each) result = larger(result, value);
+  return result;
+}
+
+inline void divide(const at::BFloat16* x, int64_t n, float scale, e4m3* codes) {
+  for (int64_t i = 0; i < n; i += kLanes) store(codes + i, load(x + i, std::min(kLanes, n - i)) / Lanes(scale), std::min(kLanes, n - i));
+}
+
+// One row: codes and the factor of every 128 values.
+inline void quantize_row(const at::BFloat16* x_W, int64_t width, e4m3* codes_W, float* scales_P) {
+  for (int64_t block = 0; block < width; block += kScaleBlock) {
+    const int64_t n = std::min(kScaleBlock, width - block);
+    scales_P[block / kScaleBlock] = scale_of(largest(x_W + block, n));
+    divide(x_W + block, n, scales_P[block / kScaleBlock], codes_W + block);
+  }
+}
+
+// silu(gate) * up.
+inline Lanes swiglu(Lanes gate, Lanes up) { return gate / (Lanes(1.0f) + gate.neg().exp_u20()) * up; }
+
 }  // namespace m2

@@ -29,6 +29,18 @@ inline ProductSizes check_product(const at::Tensor& x, const at::Tensor& x_scale
   return s;
 }
 
+struct SwigluSizes {
+  int64_t groups, rows, depth, width;  // [rows, depth] times [2 width, depth]^T per group
+};
+
+inline SwigluSizes check_swiglu(const at::Tensor& x, const at::Tensor& x_scale, const at::Tensor& w, const at::Tensor& w_scale,
+                                const at::Tensor& ends) {
+  const ProductSizes s = check_product(x, x_scale, w, w_scale, ends, true);
+  // so that a block of 128 columns has one factor in gate and one in up
+  TORCH_CHECK_VALUE(s.width % (2 * kScaleBlock) == 0, "w: ", s.width, " rows, need a multiple of ", 2 * kScaleBlock);
+  return {s.groups, s.rows, s.depth, s.width / 2};
+}
+
 struct WgradSizes {
   int64_t groups, rows, out_width, in_width;
 };

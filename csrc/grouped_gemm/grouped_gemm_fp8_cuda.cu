@@ -7,20 +7,13 @@
 #include <torch/library.h>
 
 #include "../common/hopper.cuh"
-#include "../common/warp.cuh"
-#include "grouped_gemm_fp8.h"
+#include "fp8_tiles.cuh"
 
 namespace m2::grouped_gemm {
 namespace {
 
-using bf16 = c10::BFloat16;
-
-constexpr int kTile = 128;
-constexpr int kBytes = kTile * kScaleBlock;  // of an operand's tile
 constexpr int kStages = 6;
-constexpr int kMultiplying = 2;  // warpgroups, 64 rows each
-constexpr int kThreads = (kMultiplying + 1) * kWarpgroup;
-constexpr int kSharedBytes = kStages * (2 * kBytes + 2 * static_cast<int>(sizeof(mbarrier_t)));
+using TileRing = Ring<kStages, 2>;
 
 // ---- device -----------------------------------------------------------------------------------------------------------------------
 
@@ -44,17 +37,6 @@ struct Tile {
   int group, row, column, last_row;
   int64_t out_row;  // of the output seen as one matrix of rows of `width`
 };
-
-// The first group that ends after the row.
-__device__ int group_of(const int32_t* ends_E, int groups, int row) {
-  int low = 0, high = groups;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (ends_E[middle] > row) high = middle;
-    else low = middle + 1;
-  }
-  return low;
-}
 
 // A product's rows: `right` holds the groups' matrices one under the other, each [width, terms]. Rows beyond the groups have no terms.
 __device__ Tile product_tile(const Problem& p, int index) {
@@ -90,48 +72,20 @@ __device__ int tiles_of(const Problem& p) {
   return p.row_blocks() * p.column_blocks() * (kWgrad ? p.groups : 1);
 }
 
-// Which stage comes next, and the parity of its barriers.
-struct Stage {
-  int index = 0;
-  uint32_t parity = 0;
-  __device__ void next() {
-    if (++index == kStages) index = 0, parity ^= 1;
-  }
-};
-
-struct Shared {
-  uint8_t *left, *right;
-  mbarrier_t *full, *empty;
-  __device__ explicit Shared(char* memory)
-      : left(reinterpret_cast<uint8_t*>(memory)),
-        right(left + kStages * kBytes),
-        full(reinterpret_cast<mbarrier_t*>(right + kStages * kBytes)),
-        empty(full + kStages) {}
-};
-
 // One thread: keeps the stages full.
 template <bool kWgrad>
-__device__ void copy_tiles(const Problem& p, const TensorMap* left, const TensorMap* right, Shared shared) {
-  Stage stage;
+__device__ void copy_tiles(const Problem& p, const TensorMap* left, const TensorMap* right, TileRing ring) {
+  Stage<kStages> stage;
   for (int i = blockIdx.x; i < tiles_of<kWgrad>(p); i += gridDim.x) {
     const Tile tile = tile_of<kWgrad>(p, i);
     for (int block = tile.first_block; block < tile.last_block; ++block, stage.next()) {
-      mbarrier_wait(shared.empty + stage.index, stage.parity ^ 1);
-      mbarrier_arrive_expecting(shared.full + stage.index, 2 * kBytes);
-      copy_box(shared.left + stage.index * kBytes, left, shared.full + stage.index, block * static_cast<int>(kScaleBlock), tile.left_row);
-      copy_box(shared.right + stage.index * kBytes, right, shared.full + stage.index, block * static_cast<int>(kScaleBlock),
-               tile.right_row);
+      const int term = block * static_cast<int>(kScaleBlock);
+      ring.begin_copies(stage);
+      copy_box(ring.tile(stage.index, 0), left, ring.full + stage.index, term, tile.left_row);
+      copy_box(ring.tile(stage.index, 1), right, ring.full + stage.index, term, tile.right_row);
     }
   }
 }
-
-// Where this thread's sums lie: rows `row` and `row + 8` of the tile, columns 8 i + `column` and the one after.
-struct Place {
-  int row, column;
-  __device__ Place()
-      : row(threadIdx.x / kWarpSize * 16 + threadIdx.x % kWarpSize / 4),  // a warp has 16 rows, a warpgroup 64
-        column(threadIdx.x % 4 * 2) {}
-};
 
 // sums += product * the factors of this block of terms.
 template <bool kWgrad>
@@ -159,51 +113,20 @@ __device__ void promote(const Problem& p, const Tile& tile, Place place, int blo
   }
 }
 
-__device__ uint32_t pack(float low, float high) { return bf16(low).x | static_cast<uint32_t>(bf16(high).x) << 16; }
-
-__device__ uint32_t pick(const uint32_t (&from)[4], int i) { return i & 2 ? (i & 1 ? from[3] : from[2]) : (i & 1 ? from[1] : from[0]); }
-
-// Four neighbouring threads hold two columns of each of four groups of 8: they swap them, so that each writes 16 bytes of one group.
-__device__ void write_tile(const Problem& p, const Tile& tile, Place place, const float (&sums)[64]) {
-  const int quad = threadIdx.x % 4;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = place.row + 8 * r;
-    bf16* out = p.out + (tile.out_row + row) * p.width + tile.column;
-#pragma unroll
-    for (int first = 0; first < 16; first += 4) {
-      uint32_t mine[4], came[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) mine[i] = pack(sums[4 * (first + i) + 2 * r], sums[4 * (first + i) + 2 * r + 1]);
-#pragma unroll
-      for (int with = 0; with < 4; ++with) came[with] = __shfl_xor_sync(0xffffffffu, pick(mine, quad ^ with), with);
-      const int column = 8 * (first + quad);
-      if (tile.row + row < tile.last_row && tile.column + column < p.width)
-        *reinterpret_cast<uint4*>(out + column) = uint4{pick(came, quad), pick(came, quad ^ 1), pick(came, quad ^ 2), pick(came, quad ^ 3)};
-    }
-  }
-}
-
 template <bool kWgrad>
-__device__ void multiply_tiles(const Problem& p, Shared shared) {
-  const int warpgroup = threadIdx.x / kWarpgroup;
+__device__ void multiply_tiles(const Problem& p, TileRing ring) {
   const Place place;
-  Stage stage;
+  Stage<kStages> stage;
   for (int i = blockIdx.x; i < tiles_of<kWgrad>(p); i += gridDim.x) {
     const Tile tile = tile_of<kWgrad>(p, i);
     float sums[64] = {}, product[64];
     for (int block = tile.first_block; block < tile.last_block; ++block, stage.next()) {
-      mbarrier_wait(shared.full + stage.index, stage.parity);
-      const uint8_t *left = shared.left + stage.index * kBytes + warpgroup * (kBytes / kMultiplying),
-                    *right = shared.right + stage.index * kBytes;
-      wgmma_begin();
-#pragma unroll
-      for (int k = 0; k < kScaleBlock; k += 32) wgmma_e4m3(product, matrix_descriptor(left + k), matrix_descriptor(right + k), k > 0);
-      wgmma_finish(product);
-      if (threadIdx.x % kWarpSize == 0) mbarrier_arrive(shared.empty + stage.index);
+      ring.wait(stage);
+      multiply_block(ring.tile(stage.index, 0), ring.tile(stage.index, 1), product);
+      ring.release(stage);
       promote<kWgrad>(p, tile, place, block, product, sums);
     }
-    write_tile(p, tile, place, sums);
+    write_tile(p.out + tile.out_row * p.width + tile.column, p.width, tile.last_row - tile.row, p.width - tile.column, place, sums);
   }
 }
 
@@ -211,29 +134,22 @@ template <bool kWgrad>
 __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right, Problem p) {
   extern __shared__ __align__(1024) char memory[];
-  const Shared shared(memory);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(shared.full + i, 1);
-      mbarrier_init(shared.empty + i, kMultiplying * kWarpgroup / kWarpSize);
-    }
-    mbarrier_init_done();
-  }
-  __syncthreads();
+  const TileRing ring(memory);
+  ring.set_up();
   if (threadIdx.x >= kMultiplying * kWarpgroup) {
     fewer_registers<40>();
-    if (threadIdx.x == kMultiplying * kWarpgroup) copy_tiles<kWgrad>(p, &left, &right, shared);
+    if (threadIdx.x == kMultiplying * kWarpgroup) copy_tiles<kWgrad>(p, &left, &right, ring);
   } else {
     more_registers<232>();
-    multiply_tiles<kWgrad>(p, shared);
+    multiply_tiles<kWgrad>(p, ring);
   }
 }
 
 // On its own: an assert's call would keep the products of the same kernel from overlapping (C7510).
-__global__ void check_ends_kernel(Problem p) {
-  for (int e = threadIdx.x; e < p.groups; e += blockDim.x) {
-    const int begin = e ? p.ends_E[e - 1] : 0, end = p.ends_E[e];
-    CUDA_KERNEL_ASSERT(begin <= end && end <= p.rows && end % kScaleBlock == 0 && "ends: need ascending multiples of 128 within the rows");
+__global__ void check_ends_kernel(const int32_t* ends_E, int groups, int rows) {
+  for (int e = threadIdx.x; e < groups; e += blockDim.x) {
+    const int begin = e ? ends_E[e - 1] : 0, end = ends_E[e];
+    CUDA_KERNEL_ASSERT(begin <= end && end <= rows && end % kScaleBlock == 0 && "ends: need ascending multiples of 128 within the rows");
   }
 }
 
@@ -254,19 +170,6 @@ __global__ void transpose_kernel(const uint8_t* from, int rows, int columns, uin
 }
 
 // ---- host -------------------------------------------------------------------------------------------------------------------------
-
-void check_width(const char* name, int64_t width) {
-  TORCH_CHECK_VALUE(width % 16 == 0, name, ": width ", width, ", need a multiple of 16 on a GPU");
-}
-
-const void* checked_start(const at::Tensor& x) {
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "codes must start at a multiple of 16 bytes");
-  return x.const_data_ptr();
-}
-
-TensorMap map_of_rows(const at::Tensor& x) {  // [.., rows, columns], rows side by side
-  return map_of(checked_start(x), x.numel() / std::max<int64_t>(1, x.size(-1)), x.size(-1), x.stride(-2), kTile);
-}
 
 at::Tensor transposed_matrices(const at::Tensor& w) {
   at::Tensor out = at::empty({w.size(0), w.size(2), w.size(1)}, w.options());
@@ -292,12 +195,11 @@ template <bool kWgrad>
 void run(const at::Tensor& left, const at::Tensor& right, const Problem& p, int64_t tiles) {
   int multiprocessors = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, c10::cuda::current_device()));
-  C10_CUDA_CHECK(cudaFuncSetAttribute(product_kernel<kWgrad>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  C10_CUDA_CHECK(cudaFuncSetAttribute(product_kernel<kWgrad>, cudaFuncAttributeMaxDynamicSharedMemorySize, TileRing::kSharedBytes));
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  check_ends_kernel<<<1, 256, 0, stream>>>(p);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  assert_ends(p.ends_E, p.groups, p.rows);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors));
-  product_kernel<kWgrad><<<blocks, kThreads, kSharedBytes, stream>>>(map_of_rows(left), map_of_rows(right), p);
+  product_kernel<kWgrad><<<blocks, kThreads, TileRing::kSharedBytes, stream>>>(map_of_rows(left), map_of_rows(right), p);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -348,6 +250,11 @@ at::Tensor grouped_wgrad_fp8(const at::Tensor& dy_in, const at::Tensor& dy_scale
 }
 
 }  // namespace
+
+void assert_ends(const int32_t* ends_E, int64_t groups, int64_t rows) {
+  check_ends_kernel<<<1, 256, 0, c10::cuda::getCurrentCUDAStream()>>>(ends_E, static_cast<int>(groups), static_cast<int>(rows));
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
 
 TORCH_LIBRARY_IMPL(m2_ops, CUDA, m) {
   m.impl("grouped_mm_fp8", &grouped_mm_fp8);

@@ -3,6 +3,8 @@
 
 #include "../common/check.h"
 
+#include <limits>
+
 namespace m2::norm_rope {
 
 constexpr int64_t kTokensPerPartial = 128;  // tokens whose part of the weight's gradient is summed before the parts are
@@ -14,6 +16,7 @@ struct Sizes {
 inline void check_rows(const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat, "x: ", x.scalar_type(), ", need BFloat16 or Float");
   TORCH_CHECK_VALUE(x.dim() == 2, "x: shape ", x.sizes(), ", need [tokens, width]");
+  TORCH_CHECK_VALUE(x.size(1) <= std::numeric_limits<int32_t>::max(), "x: width ", x.size(1), ", need less than 2^31");
 }
 
 inline Sizes check(const at::Tensor& x, const at::Tensor& weight, int64_t heads, const OptionalTensor& cos, const OptionalTensor& sin) {

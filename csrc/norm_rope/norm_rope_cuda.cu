@@ -35,6 +35,7 @@ template <typename T>
 __global__ void forward_kernel(Sizes s, float full_width, float eps, const T* x_TW, const T* weight_W, const T* cos_TR, const T* sin_TR,
                                const float* sum_squares_T, T* out_TW, float* rstd_T) {
   const int64_t t = blockIdx.x;
+  const int head_dim = static_cast<int>(s.head_dim);  // a 64-bit remainder per element would cost more than the memory
   const T* x_W = x_TW + t * s.width;
   const float squares = sum_squares_T ? sum_squares_T[t] : row_sum(x_W, s.width);
   const float rstd = 1.0f / sqrtf(squares / full_width + eps);
@@ -43,7 +44,7 @@ __global__ void forward_kernel(Sizes s, float full_width, float eps, const T* x_
     return rounded<T>(rounded<T>(static_cast<float>(x_W[i]) * rstd) * static_cast<float>(weight_W[i]));
   };
   for (int64_t i = threadIdx.x; i < s.width; i += kThreads) {
-    const int64_t d = i % s.head_dim, pair = d < s.half ? d : d - s.half;
+    const int d = static_cast<int>(i) % head_dim, pair = d < s.half ? d : d - static_cast<int>(s.half);
     float value = normed(i);
     if (d < 2 * s.half) {
       const float cos = static_cast<float>(cos_TR[t * s.half + pair]), sin = static_cast<float>(sin_TR[t * s.half + pair]);
@@ -60,12 +61,13 @@ template <typename T>
 __global__ void backward_kernel(Sizes s, float full_width, int64_t tokens_per_part, const T* grad_TW, const T* x_TW, const T* weight_W,
                                 const T* cos_TR, const T* sin_TR, const float* rstd_T, T* dx_TW, float* d_sum_squares_T, float* part_PW) {
   const int64_t begin = blockIdx.x * tokens_per_part, end = min(begin + tokens_per_part, s.tokens);
+  const int head_dim = static_cast<int>(s.head_dim);
   float* d_weight_W = part_PW + blockIdx.x * s.width;
   for (int64_t t = begin; t < end; ++t) {
     const T *grad_W = grad_TW + t * s.width, *x_W = x_TW + t * s.width;
     const float rstd = rstd_T[t];
     const auto turned_back = [&](int64_t i) {
-      const int64_t d = i % s.head_dim, pair = d < s.half ? d : d - s.half;
+      const int d = static_cast<int>(i) % head_dim, pair = d < s.half ? d : d - static_cast<int>(s.half);
       const float here = static_cast<float>(grad_W[i]);
       if (d >= 2 * s.half) return here;
       const float cos = static_cast<float>(cos_TR[t * s.half + pair]), sin = static_cast<float>(sin_TR[t * s.half + pair]);

@@ -3,6 +3,9 @@
 
 #include "../common/check.h"
 
+#include <algorithm>
+#include <limits>
+
 namespace m2::permute {
 
 inline void check_rows(const char* name, const at::Tensor& x) {
@@ -33,17 +36,19 @@ inline void check_backward(const at::Tensor& grad, const at::Tensor& rows, const
       "grad: ", grad.scalar_type(), " ", grad.sizes(), " does not fit rows ", rows.scalar_type(), " ", rows.sizes());
 }
 
+// Rows that any routing fits into: static, so that shapes do not depend on the data.
+inline int64_t most_rows(int64_t routed, int64_t num_experts, int64_t block) {
+  return (routed + std::min(routed, num_experts) * (block - 1) + block - 1) / block * block;
+}
+
 inline void check_layout(const at::Tensor& experts, int64_t num_experts, int64_t block, std::optional<int64_t> routed) {
   check_index("experts", experts, 2, experts);
   TORCH_CHECK_VALUE(num_experts >= 1, "num_experts: ", num_experts, ", need 1 or more");
   TORCH_CHECK_VALUE(block >= 1, "block: ", block, ", need 1 or more");
   TORCH_CHECK_VALUE(!routed || (*routed >= 0 && *routed <= experts.numel()), "routed: ", routed.value_or(0), ", need 0 to ",
                     experts.numel());
-}
-
-// Rows that any routing fits into: static, so that shapes do not depend on the data.
-inline int64_t most_rows(int64_t routed, int64_t num_experts, int64_t block) {
-  return (routed + std::min(routed, num_experts) * (block - 1) + block - 1) / block * block;
+  const int64_t rows = most_rows(routed.value_or(experts.numel()), num_experts, block);
+  TORCH_CHECK_VALUE(rows <= std::numeric_limits<int32_t>::max(), "experts: ", rows, " rows with their padding, need less than 2^31");
 }
 
 }  // namespace m2::permute

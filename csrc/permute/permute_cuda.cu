@@ -1,14 +1,11 @@
-// Tokens to rows grouped by expert and back, on the GPU. The layout is a stable counting sort with a block per expert, which needs no
-// atomics and so repeats; rows move in pieces of 16 bytes where their width allows.
-// Shape suffixes: T tokens, K experts per token, E experts, R rows, W width.
+// Tokens to rows grouped by expert and back, on the GPU. The layout is a stable counting sort by chunks of slots, which needs no atomics
+// and so repeats; rows move in pieces of 16 bytes where their width allows. Shape suffixes: T tokens, K experts per token, E experts, C
+// chunks of slots, R rows, W width.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <torch/library.h>
-
-#include <cub/block/block_reduce.cuh>
-#include <cub/block/block_scan.cuh>
 
 #include "../common/warp.cuh"
 #include "permute.h"
@@ -17,57 +14,93 @@ namespace m2::permute {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSortThreads = 512;
+constexpr int kScanThreads = 1024;
+constexpr int64_t kMostChunks = 1024;    // and no less than 512 slots each
+constexpr int64_t kMostExperts = 12288;  // a count of each in 48 KB of shared memory
 
 // ---- device -----------------------------------------------------------------------------------------------------------------------
 
-__global__ void count_kernel(const int32_t* experts, int64_t routed, int64_t num_experts, int32_t* counts_E) {
-  using Reduce = cub::BlockReduce<int, kSortThreads>;
-  __shared__ typename Reduce::TempStorage storage;
-  int count = 0;
-  for (int64_t i = threadIdx.x; i < routed; i += kSortThreads) {
-    CUDA_KERNEL_ASSERT(experts[i] >= -1 && experts[i] < num_experts);
-    count += experts[i] == static_cast<int32_t>(blockIdx.x);
+// A chunk of the routed slots is one warp's, 32 at a time in order; `mine[e]` is what the warp knows of expert e. visit(slot, expert, rank
+// among the lanes of that expert) runs before mine[expert] grows by the lanes of that expert.
+template <typename Visit>
+__device__ void each_slot(const int32_t* experts, int64_t routed, int64_t per_chunk, int32_t* mine, Visit visit) {
+  const int64_t begin = blockIdx.x * per_chunk, end = min(begin + per_chunk, routed);
+  const unsigned lane = threadIdx.x, below = (1u << lane) - 1;
+  for (int64_t first = begin; first < end; first += kWarpSize) {
+    const int64_t i = first + lane;
+    const int32_t expert = i < end ? experts[i] : -1;
+    const unsigned same = __match_any_sync(0xffffffffu, expert);
+    if (i < end) visit(i, expert, __popc(same & below));
+    __syncwarp();  // all have read what grows now
+    if (expert >= 0 && (same & below) == 0) mine[expert] += __popc(same);
+    __syncwarp();
   }
-  const int total = Reduce(storage).Sum(count);
-  if (threadIdx.x == 0) counts_E[blockIdx.x] = total;
 }
 
-// Each expert finds where its rows begin by adding up those before it: E is at most some hundreds.
-__global__ void place_kernel(const int32_t* experts, int64_t routed, int64_t top_k, int64_t block, int64_t rows, const int32_t* counts_E,
-                             int32_t* ends_E, int32_t* token_R, int32_t* row_TK) {
-  using Scan = cub::BlockScan<int, kSortThreads>;
-  using Reduce = cub::BlockReduce<int64_t, kSortThreads>;
-  __shared__ typename Scan::TempStorage scan_storage;
-  __shared__ typename Reduce::TempStorage reduce_storage;
-  __shared__ int64_t start;
-  const int expert = blockIdx.x;
-  int64_t before = 0;
-  for (int e = threadIdx.x; e < expert; e += kSortThreads) before += (counts_E[e] + block - 1) / block * block;
-  before = Reduce(reduce_storage).Sum(before);
-  if (threadIdx.x == 0) {
-    start = before;
-    ends_E[expert] = static_cast<int32_t>(before + (counts_E[expert] + block - 1) / block * block);
-  }
-  __syncthreads();
-  int64_t next = start;
-  for (int64_t first = 0; first < routed; first += kSortThreads) {
-    const int64_t i = first + threadIdx.x;
-    const int mine = i < routed && experts[i] == expert;
-    int rank, total;
-    Scan(scan_storage).ExclusiveSum(mine, rank, total);
-    if (mine) {
-      CUDA_KERNEL_ASSERT(next + rank < rows);
-      row_TK[i] = static_cast<int32_t>(next + rank);
-      token_R[next + rank] = static_cast<int32_t>(i / top_k);
+// counts_CE: of each chunk.
+__global__ void count_kernel(const int32_t* experts, int64_t routed, int64_t per_chunk, int num_experts, int32_t* counts_CE) {
+  extern __shared__ __align__(16) char memory[];
+  int32_t* counts_E = reinterpret_cast<int32_t*>(memory);
+  for (int e = threadIdx.x; e < num_experts; e += kWarpSize) counts_E[e] = 0;
+  __syncwarp();
+  each_slot(experts, routed, per_chunk, counts_E, [&](int64_t, int32_t expert, int) {
+    CUDA_KERNEL_ASSERT(expert >= -1 && expert < num_experts && "permute: experts out of range");
+  });
+  for (int e = threadIdx.x; e < num_experts; e += kWarpSize) counts_CE[blockIdx.x * int64_t{num_experts} + e] = counts_E[e];
+}
+
+// Counts of a chunk become the first row of that chunk and expert: experts one after the other, each padded to whole blocks.
+__global__ void __launch_bounds__(kScanThreads)
+    start_kernel(int chunks, int num_experts, int64_t block, int32_t* counts_CE, int32_t* ends_E) {
+  __shared__ int64_t sums[kScanThreads];
+  int64_t before = 0;  // rows of the experts of earlier rounds
+  for (int first = 0; first < num_experts; first += kScanThreads) {
+    const int e = first + threadIdx.x;
+    int32_t count = 0;
+    if (e < num_experts) {
+#pragma unroll 8
+      for (int c = 0; c < chunks; ++c) count += counts_CE[c * int64_t{num_experts} + e];
     }
-    next += total;
-    __syncthreads();  // before the storage is used again
+    sums[threadIdx.x] = (count + block - 1) / block * block;
+    __syncthreads();
+    for (int step = 1; step < kScanThreads; step *= 2) {  // inclusive sums
+      const int64_t left = static_cast<int>(threadIdx.x) >= step ? sums[threadIdx.x - step] : 0;
+      __syncthreads();
+      sums[threadIdx.x] += left;
+      __syncthreads();
+    }
+    if (e < num_experts) {
+      ends_E[e] = static_cast<int32_t>(before + sums[threadIdx.x]);
+      int32_t next = static_cast<int32_t>(before + (threadIdx.x ? sums[threadIdx.x - 1] : 0));
+      constexpr int kTogether = 8;  // reads under way: none of them waits for a write
+      for (int c = 0; c < chunks; c += kTogether) {
+        int32_t mine[kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) mine[i] = c + i < chunks ? counts_CE[(c + i) * int64_t{num_experts} + e] : 0;
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          if (c + i < chunks) counts_CE[(c + i) * int64_t{num_experts} + e] = next;
+          next += mine[i];
+        }
+      }
+    }
+    before += sums[kScanThreads - 1];
+    __syncthreads();  // before the sums are written again
   }
-  if (expert == 0) {  // the first block also marks what goes nowhere
-    for (int64_t i = threadIdx.x; i < routed; i += kSortThreads)
-      if (experts[i] < 0) row_TK[i] = -1;
-  }
+}
+
+__global__ void place_kernel(const int32_t* experts, int64_t routed, int64_t per_chunk, int64_t top_k, int num_experts, int64_t rows,
+                             const int32_t* starts_CE, int32_t* token_R, int32_t* row_TK) {
+  extern __shared__ __align__(16) char memory[];
+  int32_t* next_E = reinterpret_cast<int32_t*>(memory);
+  for (int e = threadIdx.x; e < num_experts; e += kWarpSize) next_E[e] = starts_CE[blockIdx.x * int64_t{num_experts} + e];
+  __syncwarp();
+  each_slot(experts, routed, per_chunk, next_E, [&](int64_t i, int32_t expert, int rank) {
+    const int32_t row = expert < 0 ? -1 : next_E[expert] + rank;
+    row_TK[i] = row;
+    CUDA_KERNEL_ASSERT(row < rows && "permute: more slots have an expert than routed says");
+    if (row >= 0) token_R[row] = static_cast<int32_t>(i / top_k);
+  });
 }
 
 template <typename Piece>
@@ -150,20 +183,30 @@ bool in_pieces_of_16(const at::Tensor& x) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> permute_layout(const at::Tensor& experts_in, int64_t num_experts, int64_t block,
                                                               std::optional<int64_t> routed_in) {
   check_layout(experts_in, num_experts, block, routed_in);
+  TORCH_CHECK_VALUE(num_experts <= kMostExperts, "num_experts: ", num_experts, ", need at most ", kMostExperts, " on a GPU");
   const c10::cuda::CUDAGuard guard(experts_in.device());
   const at::Tensor experts = experts_in.contiguous();
   const int64_t routed = experts.numel();  // slots, some of which may go nowhere
   at::Tensor token = at::full({most_rows(routed_in.value_or(routed), num_experts, block)}, -1, experts.options());
-  at::Tensor row = at::empty_like(experts), ends = at::empty({num_experts}, experts.options()), counts = at::empty_like(ends);
+  at::Tensor row = at::empty_like(experts), ends = at::empty({num_experts}, experts.options());
+  const int64_t per_chunk = std::max<int64_t>(512, (routed / kMostChunks + kWarpSize) / kWarpSize * kWarpSize),
+                chunks = (routed + per_chunk - 1) / per_chunk;
+  at::Tensor counts = at::empty({chunks, num_experts}, experts.options());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  count_kernel<<<num_experts, kSortThreads, 0, stream>>>(experts.const_data_ptr<int32_t>(), routed, num_experts,
-                                                         counts.mutable_data_ptr<int32_t>());
+  const int shared = static_cast<int>(num_experts * static_cast<int64_t>(sizeof(int32_t))), groups = static_cast<int>(num_experts);
+  const int32_t* experts_TK = experts.const_data_ptr<int32_t>();
+  int32_t* counts_CE = counts.mutable_data_ptr<int32_t>();
+  if (chunks > 0) {
+    count_kernel<<<chunks, kWarpSize, shared, stream>>>(experts_TK, routed, per_chunk, groups, counts_CE);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  start_kernel<<<1, kScanThreads, 0, stream>>>(static_cast<int>(chunks), groups, block, counts_CE, ends.mutable_data_ptr<int32_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  place_kernel<<<num_experts, kSortThreads, 0, stream>>>(experts.const_data_ptr<int32_t>(), routed, std::max<int64_t>(1, experts.size(1)),
-                                                         block, token.size(0), counts.const_data_ptr<int32_t>(),
-                                                         ends.mutable_data_ptr<int32_t>(), token.mutable_data_ptr<int32_t>(),
-                                                         row.mutable_data_ptr<int32_t>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  if (chunks > 0) {
+    place_kernel<<<chunks, kWarpSize, shared, stream>>>(experts_TK, routed, per_chunk, experts.size(1), groups, token.size(0), counts_CE,
+                                                        token.mutable_data_ptr<int32_t>(), row.mutable_data_ptr<int32_t>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
   return {ends, token, row};
 }
 

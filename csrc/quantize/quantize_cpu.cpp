@@ -14,31 +14,6 @@ namespace {
 
 constexpr int64_t kGrain = 16;
 
-float larger(float a, float b) { return b > a || b != b ? b : a; }  // NaN wins
-
-// Greatest magnitude of n values.
-float largest(const at::BFloat16* x, int64_t n) {
-  Lanes top(0.0f);
-  for (int64_t i = 0; i < n; i += kLanes) top = at::vec::maximum(top, load(x + i, std::min(kLanes, n - i)).abs());
-  float each[kLanes], result = 0;  // at::vec's maximum keeps NaN, a reduction by instructions may not
-  top.store(each);
-  for (const float value : each) result = larger(result, value);
-  return result;
-}
-
-void divide(const at::BFloat16* x, int64_t n, float scale, e4m3* codes) {
-  for (int64_t i = 0; i < n; i += kLanes) store(codes + i, load(x + i, std::min(kLanes, n - i)) / Lanes(scale), std::min(kLanes, n - i));
-}
-
-// One row: codes and the factor of every 128 values.
-void quantize_row(const at::BFloat16* x_W, int64_t width, e4m3* codes_W, float* scales_P) {
-  for (int64_t block = 0; block < width; block += kScaleBlock) {
-    const int64_t n = std::min(kScaleBlock, width - block);
-    scales_P[block / kScaleBlock] = scale_of(largest(x_W + block, n));
-    divide(x_W + block, n, scales_P[block / kScaleBlock], codes_W + block);
-  }
-}
-
 std::tuple<at::Tensor, at::Tensor> quantize_rows(const at::Tensor& x_in) {
   check("x", x_in, 2);
   const at::Tensor x = x_in.contiguous();
@@ -150,13 +125,60 @@ std::tuple<at::Tensor, at::Tensor> swiglu_quantize(const at::Tensor& hidden_in) 
       const at::BFloat16* row = hidden_R2W + r * 2 * width;
       for (int64_t i = 0; i < width; i += kLanes) {
         const int64_t n = std::min(kLanes, width - i);
-        const Lanes gate = load(row + i, n);
-        store(act_W.data() + i, gate / (Lanes(1.0f) + gate.neg().exp_u20()) * load(row + width + i, n), n);
+        store(act_W.data() + i, swiglu(load(row + i, n), load(row + width + i, n)), n);
       }
       quantize_row(act_W.data(), width, codes_RW + r * width, scales_RP + r * blocks);
     }
   });
   return {codes, scales};
+}
+
+using Both = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Both quantize_rows_columns(const at::Tensor& x) { return std::tuple_cat(quantize_rows(x), quantize_columns(x)); }
+
+// What codes by rows stand for, rounded to bf16 and quantised by columns.
+std::tuple<at::Tensor, at::Tensor> requantize_columns(const at::Tensor& codes_in, const at::Tensor& scales_in) {
+  check_codes(codes_in, scales_in);
+  const at::Tensor codes = codes_in.contiguous(), scales = scales_in.contiguous();
+  const int64_t rows = codes.size(0), width = codes.size(1), blocks = scales.size(1);
+  at::Tensor values = at::empty({rows, width}, codes.options().dtype(at::kBFloat16));
+  const e4m3* codes_RW = codes.const_data_ptr<e4m3>();
+  const float* scales_RP = scales.const_data_ptr<float>();
+  at::BFloat16* values_RW = values.mutable_data_ptr<at::BFloat16>();
+  at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      at::BFloat16* row = values_RW + r * width;
+      widen(codes_RW + r * width, width, row);
+      for (int64_t i = 0; i < width; i += kLanes) {  // a register lies in one block of 128
+        const int64_t n = std::min(kLanes, width - i);
+        store(row + i, load(row + i, n) * Lanes(scales_RP[r * blocks + i / kScaleBlock]), n);
+      }
+    }
+  });
+  return quantize_columns(values);
+}
+
+// The gradient of hidden = gate | up through silu(gate) * up, rounded to bf16 and quantised both ways.
+Both swiglu_backward_quantize(const at::Tensor& d_act_in, const at::Tensor& hidden_in) {
+  check_swiglu_gradient(d_act_in, hidden_in);
+  const at::Tensor d_act = d_act_in.contiguous(), hidden = hidden_in.contiguous();
+  const int64_t rows = d_act.size(0), width = d_act.size(1);
+  at::Tensor d_hidden = at::empty(hidden.sizes(), hidden.options());
+  const at::BFloat16 *d_act_RF = d_act.const_data_ptr<at::BFloat16>(), *hidden_R2F = hidden.const_data_ptr<at::BFloat16>();
+  at::BFloat16* out_R2F = d_hidden.mutable_data_ptr<at::BFloat16>();
+  at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const int64_t n = std::min(kLanes, width - i), at = r * 2 * width + i;
+        const Lanes grad = load(d_act_RF + r * width + i, n), gate = load(hidden_R2F + at, n), up = load(hidden_R2F + at + width, n);
+        const Lanes share = (Lanes(1.0f) + gate.neg().exp_u20()).reciprocal(), silu = gate * share;
+        store(out_R2F + at, grad * up * at::vec::fmadd(silu, Lanes(1.0f) - share, share), n);
+        store(out_R2F + at + width, grad * silu, n);
+      }
+    }
+  });
+  return quantize_rows_columns(d_hidden);
 }
 
 }  // namespace
@@ -167,6 +189,9 @@ TORCH_LIBRARY_IMPL(m2_ops, CPU, m) {
   m.impl("quantize_weights", &quantize_weights);
   m.impl("permute_quantize", &permute_quantize);
   m.impl("swiglu_quantize", &swiglu_quantize);
+  m.impl("quantize_rows_columns", &quantize_rows_columns);
+  m.impl("requantize_columns", &requantize_columns);
+  m.impl("swiglu_backward_quantize", &swiglu_backward_quantize);
 }
 
 }  // namespace m2::quantize

@@ -3,7 +3,6 @@
 // results repeat bit for bit.
 // Shape suffixes: Q queries, T keys, H query heads, G key/value heads, D head_dim.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -41,6 +40,29 @@ struct Problem {
   float scale;
   __device__ bool sees(int token, int key) const { return key <= token && key < keys && ends[key] > token; }
 };
+
+// The greatest end of each tile of keys, a warp each.
+__global__ void most_kernel(const int32_t* ends_T, int tokens, int32_t* most) {
+  const int tile = blockIdx.x * (kThreads / kWarpSize) + threadIdx.x / kWarpSize, first = tile * kTile + threadIdx.x % kWarpSize;
+  if (tile * kTile >= tokens) return;  // the same for a whole warp
+  unsigned end = 0;
+  for (int i = first; i < min(tokens, (tile + 1) * kTile); i += kWarpSize) end = max(end, static_cast<unsigned>(max(ends_T[i], 0)));
+  end = __reduce_max_sync(0xffffffffu, end);
+  if (threadIdx.x % kWarpSize == 0) most[tile] = static_cast<int32_t>(end);
+}
+
+// Subtrees nest when each ends within the nearest one before it that is still open; tiles in which none is open are passed over.
+__global__ void check_forest_kernel(const int32_t* ends_T, const int32_t* most, int tokens) {
+  const int t = blockIdx.x * blockDim.x + threadIdx.x;
+  if (t >= tokens) return;
+  int before = t - 1;
+  while (before >= 0 && ends_T[before] <= t) {
+    --before;
+    while (before >= 0 && before % kTile == kTile - 1 && most[before / kTile] <= t) before -= kTile;
+  }
+  const int open = before < 0 ? tokens : ends_T[before];
+  CUDA_KERNEL_ASSERT(ends_T[t] > t && ends_T[t] <= open && "subtree_end: no forest in depth-first preorder");
+}
 
 template <int D>
 constexpr int kLd = D + 8;  // of a tile of rows in shared memory: no two rows of a fragment in the same banks
@@ -290,9 +312,21 @@ struct Held {
   at::Tensor q, k, v, ends, most;
 
   Held(const Shape& s, const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in, const at::Tensor& subtree_end)
-      : q(readable(q_in)), k(readable(k_in)), v(readable(v_in)), ends(subtree_end.contiguous()) {
-    const int64_t padding = (kTile - s.keys % kTile) % kTile;
-    most = at::constant_pad_nd(ends, {0, padding}, 0).view({-1, kTile}).amax(1);
+      : q(readable(q_in)),
+        k(readable(k_in)),
+        v(readable(v_in)),
+        ends(subtree_end.contiguous()),
+        most(at::empty({(s.keys + kTile - 1) / kTile}, ends.options())) {
+    const int64_t per_block = kThreads / kWarpSize, tiles = most.numel();
+    most_kernel<<<(tiles + per_block - 1) / per_block, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        ends.const_data_ptr<int32_t>(), static_cast<int>(s.keys), most.mutable_data_ptr<int32_t>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  void assert_forest() const {
+    const int64_t tokens = ends.numel();
+    check_forest_kernel<<<(tokens + kThreads - 1) / kThreads, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        ends.const_data_ptr<int32_t>(), most.const_data_ptr<int32_t>(), static_cast<int>(tokens));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   Problem problem(const Shape& s) const {
     return {rows(q),
@@ -325,6 +359,7 @@ std::tuple<at::Tensor, at::Tensor> tree_attention(const at::Tensor& q, const at:
              lse = at::empty({s.queries, s.heads}, q.options().dtype(at::kFloat));
   if (s.queries == 0) return {out, lse};
   const Held held(s, q, k, v, subtree_end);
+  held.assert_forest();
   by_head_dim(s.head_dim, [&](auto dim) {
     constexpr int D = decltype(dim)::value;
     const int bytes = shared_bytes<D>(3, 1, 1, kTile * (D + 4));

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+from types import ModuleType
 
 import torch
 
@@ -34,3 +35,8 @@ _DEVICES = _load()
 def available(device_type: str = "cpu") -> bool:
     """Whether ``torch.ops.m2_ops`` has kernels for ``device_type`` (``tensor.device.type``)."""
     return device_type in _DEVICES
+
+
+def module() -> ModuleType:
+    """The extension itself, for what takes no tensors; only where :func:`available`."""
+    return importlib.import_module("megatron_m2._C")

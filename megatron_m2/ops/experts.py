@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_m2.ops._checks import check_devices
 from megatron_m2.ops.grouped_gemm import check_expert_weights, grouped_swiglu
 from megatron_m2.ops.grouped_gemm_fp8 import ROW_BLOCK, grouped_swiglu_fp8
 from megatron_m2.ops.permute import permute, permute_layout, unpermute
@@ -46,6 +47,7 @@ def swiglu_experts(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, weights
     check_expert_weights(x_TH, gate_up_E2FH, down_EHF)
     if weights_TK.shape != experts_TK.shape or experts_TK.shape[0] != x_TH.shape[0]:
         raise ValueError(f"experts: {list(experts_TK.shape)}, need the {list(weights_TK.shape)} of weights with {len(x_TH)} tokens")
+    check_devices(x_TH, weights=weights_TK, experts=experts_TK)
     layout = permute_layout(experts_TK, len(gate_up_E2FH), ROW_BLOCK if fp8 else _ROW_STEP, routed)
     if fp8:
         return unpermute(grouped_swiglu_fp8(x_TH, gate_up_E2FH, down_EHF, layout), layout, weights_TK)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_m2.ops import _extension
+from megatron_m2.ops._checks import check_devices
 from megatron_m2.ops.permute import Layout
 
 # Shape suffixes: O outputs, I inputs of a weight; P, Q its blocks along each, ceil(O / block) and ceil(I / block).
@@ -117,6 +118,7 @@ def permute_quantize(x_TW: Tensor, layout: Layout) -> Quantized:
     _check_rows("x", x_TW)
     if len(x_TW) != len(layout.row):
         raise ValueError(f"x: {list(x_TW.shape)}, need {len(layout.row)} tokens")
+    check_devices(x_TW, layout=layout.token)
     if _kernel_takes(x_TW):
         return Quantized(*torch.ops.m2_ops.permute_quantize(x_TW, layout.token))
     codes, scales = quantize_rows(x_TW)
@@ -140,6 +142,61 @@ def swiglu_quantize(hidden_R2F: Tensor) -> Quantized:
     return quantize_rows((F.silu(gate) * up).to(hidden_R2F.dtype))
 
 
+def quantize_rows_columns(x_RW: Tensor) -> tuple[Quantized, Quantized]:
+    """:func:`quantize_rows` and :func:`quantize_columns`; on a GPU x is read once.
+
+    Raises:
+        ValueError: x is not bf16 or fp32 [R, W].
+    """
+    _check_rows("x", x_RW)
+    if not _kernel_takes(x_RW):
+        return quantize_rows(x_RW), quantize_columns(x_RW)
+    return _pair(torch.ops.m2_ops.quantize_rows_columns(x_RW))
+
+
+def requantize_columns(rows: Quantized) -> Quantized:
+    """:func:`quantize_columns` of what codes by rows stand for, rounded to bf16.
+
+    Args:
+        rows: codes [R, W], factors [R, ceil(W / 128)].
+
+    Raises:
+        ValueError: the factors do not fit the codes.
+    """
+    if rows.codes.dtype == E4M3 and _extension.available(rows.codes.device.type):
+        return Quantized(*torch.ops.m2_ops.requantize_columns(*rows))
+    return quantize_columns(dequantize_blocks(*rows, (1, 128)).bfloat16())
+
+
+def swiglu_backward_reference(d_act_RF: Tensor, hidden_R2F: Tensor) -> Tensor:
+    """Gradient of hidden = gate | up through ``silu(gate) * up``, computed in fp32 (fp64 for fp64), in hidden's dtype."""
+    wide = torch.float64 if hidden_R2F.dtype == torch.float64 else torch.float32
+    gate, up = hidden_R2F.to(wide).chunk(2, dim=-1)
+    share, d_act = gate.sigmoid(), d_act_RF.to(wide)
+    d_gate = d_act * up * share * (1 + gate * (1 - share))
+    return torch.cat([d_gate, d_act * gate * share], dim=-1).to(hidden_R2F.dtype)
+
+
+def swiglu_backward_quantize(d_act_RF: Tensor, hidden_R2F: Tensor) -> tuple[Quantized, Quantized]:
+    """:func:`quantize_rows_columns` of :func:`swiglu_backward_reference`, which then never exists as a whole on a GPU.
+
+    Raises:
+        ValueError: hidden is not bf16 or fp32 [R, 2 F], or d_act not [R, F] of the same.
+    """
+    _check_rows("hidden", hidden_R2F)
+    need = [len(hidden_R2F), hidden_R2F.shape[1] // 2]
+    if hidden_R2F.shape[1] % 2 or list(d_act_RF.shape) != need or d_act_RF.dtype != hidden_R2F.dtype:
+        raise ValueError(f"d_act: {d_act_RF.dtype} {list(d_act_RF.shape)} does not fit hidden {hidden_R2F.dtype} {list(hidden_R2F.shape)}")
+    check_devices(hidden_R2F, d_act=d_act_RF)
+    if not _kernel_takes(hidden_R2F):
+        return quantize_rows_columns(swiglu_backward_reference(d_act_RF, hidden_R2F))
+    return _pair(torch.ops.m2_ops.swiglu_backward_quantize(d_act_RF, hidden_R2F))
+
+
+def _pair(four: tuple[Tensor, ...]) -> tuple[Quantized, Quantized]:
+    return Quantized(*four[:2]), Quantized(*four[2:])
+
+
 def quantize_weights(w_EBA: Tensor) -> Quantized:
     """128x128 blocks of each of E matrices: codes [E, B, A], factors [E, ceil(B / 128), ceil(A / 128)].
 
@@ -159,18 +216,23 @@ if _extension.available():
     def _codes(x: Tensor, rows: int, width: int, scales: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return x.new_empty((rows, width), dtype=E4M3), x.new_empty(scales, dtype=torch.float32)
 
-    torch.library.register_fake("m2_ops::quantize_rows", lambda x: _codes(x, len(x), x.shape[1], (len(x), (x.shape[1] + 127) // 128)))
+    def _rows(x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+        width = x.shape[1] if width is None else width
+        return _codes(x, len(x), width, (len(x), (width + 127) // 128))
 
-    @torch.library.register_fake("m2_ops::quantize_columns")
     def _columns(x: Tensor) -> tuple[Tensor, Tensor]:
         codes, scales = _codes(x, len(x), x.shape[1], ((len(x) + 127) // 128, x.shape[1]))
         if x.device.type == "cuda":
             codes = codes.new_empty(x.shape[1], (len(x) + 15) // 16 * 16)[:, : len(x)].t()
         return codes, scales
 
+    torch.library.register_fake("m2_ops::quantize_rows", lambda x: _rows(x))
+    torch.library.register_fake("m2_ops::quantize_columns", lambda x: _columns(x))
+    torch.library.register_fake("m2_ops::quantize_rows_columns", lambda x: (*_rows(x), *_columns(x)))
+    torch.library.register_fake("m2_ops::requantize_columns", lambda codes, scales: _columns(codes))
+    torch.library.register_fake("m2_ops::swiglu_backward_quantize", lambda d_act, hidden: (*_rows(hidden), *_columns(hidden)))
+    torch.library.register_fake("m2_ops::swiglu_quantize", lambda hidden: _rows(hidden, hidden.shape[1] // 2))
     torch.library.register_fake("m2_ops::quantize_weights", lambda w: (torch.empty_like(w, dtype=E4M3), w.new_empty(
         (len(w), (w.shape[1] + 127) // 128, (w.shape[2] + 127) // 128), dtype=torch.float32)))
     torch.library.register_fake("m2_ops::permute_quantize", lambda x, token: _codes(
         x, len(token), x.shape[1], (len(token), (x.shape[1] + 127) // 128)))
-    torch.library.register_fake("m2_ops::swiglu_quantize", lambda hidden: _codes(
-        hidden, len(hidden), hidden.shape[1] // 2, (len(hidden), (hidden.shape[1] // 2 + 127) // 128)))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_m2.ops import _extension
+from megatron_m2.ops._checks import check_devices
 from megatron_m2.ops.weight_grad import now_or_later
 
 # Shape suffixes: R rows grouped by expert, E experts (groups), A and B widths of a product's input and output, H hidden, F expert width.
@@ -91,6 +92,7 @@ def grouped_mm(x_RA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
     check_groups(x_RA, ends_E, len(w_EBA))
     if w_EBA.dim() != 3 or w_EBA.shape[2] != x_RA.shape[1] or w_EBA.dtype != x_RA.dtype:
         raise ValueError(f"w: {w_EBA.dtype} {list(w_EBA.shape)} does not fit x {x_RA.dtype} {list(x_RA.shape)}")
+    check_devices(x_RA, w=w_EBA)
     if _kernel_takes(x_RA, *w_EBA.shape[1:]):
         return torch.ops.m2_ops.grouped_mm(x_RA, w_EBA, ends_E, True)
     return _product_of(x_RA, *w_EBA.shape[1:])(x_RA, w_EBA, ends_E)
@@ -127,6 +129,7 @@ def check_expert_weights(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
     need = [gate_up.shape[0], gate_up.shape[2], gate_up.shape[1] // 2]
     if list(down.shape) != need or down.dtype != x.dtype:
         raise ValueError(f"down: {down.dtype} {list(down.shape)}, need {x.dtype} {need}")
+    check_devices(x, gate_up=gate_up, down=down)
 
 
 def check_groups(x: Tensor, ends: Tensor, groups: int) -> None:
@@ -134,6 +137,7 @@ def check_groups(x: Tensor, ends: Tensor, groups: int) -> None:
         raise ValueError(f"x: {x.dtype} {list(x.shape)}, need floats [rows, width]")
     if ends.dtype != torch.int32 or ends.shape != (groups,):
         raise ValueError(f"ends: {ends.dtype} {list(ends.shape)}, need torch.int32 [{groups}]")
+    check_devices(x, ends=ends)
     if ends.device.type == "cpu" and groups:
         edges = [0, *ends.tolist(), len(x)]
         if edges != sorted(edges):

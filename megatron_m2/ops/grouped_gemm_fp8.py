@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from megatron_m2.ops import _extension
+from megatron_m2.ops._checks import check_devices
 from megatron_m2.ops.fp8 import (
     Quantized,
     dequantize_blocks,
     permute_quantize,
-    quantize_columns,
     quantize_rows,
+    quantize_rows_columns,
     quantize_weights,
+    requantize_columns,
+    swiglu_backward_quantize,
     swiglu_quantize,
 )
 from megatron_m2.ops.grouped_gemm import check_expert_weights, check_groups, group_slices
@@ -74,6 +77,18 @@ def grouped_mm_codes(x: Quantized, w: Quantized, ends_E: Tensor, transposed: boo
     return grouped_mm_fp8_reference(x, w, ends_E, transposed, torch.float32).bfloat16()
 
 
+def grouped_swiglu_codes(x: Quantized, w: Quantized, ends_E: Tensor) -> tuple[Quantized, Tensor]:
+    """``silu(gate) * up`` by rows, and hidden = gate | up in bf16 [R, 2 F], of :func:`grouped_mm_codes` by w [E, 2 F, A].
+
+    SwiGLU and its quantisation are fused into the product where F is a multiple of 128; the numbers are the same without.
+    """
+    if _kernel_runs(x.codes, *w.codes.shape[1:]) and w.codes.shape[1] % (2 * ROW_BLOCK) == 0:
+        codes, scales, hidden = torch.ops.m2_ops.grouped_swiglu_fp8(*x, *w, ends_E)
+        return Quantized(codes, scales), hidden
+    hidden = grouped_mm_codes(x, w, ends_E)
+    return swiglu_quantize(hidden), hidden
+
+
 def grouped_wgrad_codes(dy: Quantized, x: Quantized, ends_E: Tensor) -> Tensor:
     """bf16 [E, B, A]: ``dy.T @ x`` of each group; dy [R, B] and x [R, A] quantised by columns, ends multiples of 128."""
     if _kernel_runs(x.codes, dy.codes.shape[1], x.codes.shape[1]):
@@ -92,9 +107,9 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x_codes, x_scales, w_codes, w_scales, ends = ctx.saved_tensors
-        dx = grouped_mm_codes(quantize_rows(dy), Quantized(w_codes, w_scales), ends, transposed=False)
-        x = dequantize_blocks(x_codes, x_scales, (1, 128)).to(dy.dtype)
-        return dx, grouped_wgrad_codes(quantize_columns(dy), quantize_columns(x), ends), None
+        rows, columns = quantize_rows_columns(dy)
+        dx = grouped_mm_codes(rows, Quantized(w_codes, w_scales), ends, transposed=False)
+        return dx, grouped_wgrad_codes(columns, requantize_columns(Quantized(x_codes, x_scales)), ends), None
 
 
 def grouped_mm_fp8(x_RA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
@@ -115,17 +130,10 @@ def grouped_mm_fp8(x_RA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
         raise ValueError(f"x: {x_RA.dtype} {list(x_RA.shape)}, need bfloat16 of an even width")
     if w_EBA.dim() != 3 or w_EBA.shape[2] != x_RA.shape[1] or w_EBA.shape[1] % 2 or w_EBA.dtype != x_RA.dtype:
         raise ValueError(f"w: {w_EBA.dtype} {list(w_EBA.shape)} does not fit x {x_RA.dtype} {list(x_RA.shape)}, or has an odd width")
+    check_devices(x_RA, w=w_EBA)
     if ends_E.device.type == "cpu" and bool((ends_E % ROW_BLOCK).any()):
         raise ValueError(f"ends: {ends_E.tolist()}, need multiples of {ROW_BLOCK}")
     return _GroupedMM.apply(x_RA, w_EBA, ends_E)
-
-
-def swiglu_backward(d_act_RF: Tensor, hidden_R2F: Tensor) -> Tensor:
-    """Gradient of hidden = gate | up through ``silu(gate) * up``, computed in fp32, in hidden's dtype."""
-    gate, up = hidden_R2F.float().chunk(2, dim=-1)
-    share, d_act = gate.sigmoid(), d_act_RF.float()
-    d_gate = d_act * up * share * (1 + gate * (1 - share))
-    return torch.cat([d_gate, d_act * gate * share], dim=-1).to(hidden_R2F.dtype)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -135,8 +143,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x_TH: Tensor, gate_up: Tensor, down: Tensor, *layout: Tensor) -> Tensor:
         ends = Layout(*layout).ends
         x, w_in, w_out = permute_quantize(x_TH, Layout(*layout)), quantize_weights(gate_up), quantize_weights(down)
-        hidden = grouped_mm_codes(x, w_in, ends)
-        act = swiglu_quantize(hidden)
+        act, hidden = grouped_swiglu_codes(x, w_in, ends)
         ctx.save_for_backward(*x, *w_in, *w_out, *act, hidden, *layout)
         ctx.weights = gate_up, down
         return grouped_mm_codes(act, w_out, ends)
@@ -147,14 +154,11 @@ class _GroupedSwiGLU(torch.autograd.Function):
         x, w_in, w_out, act = (Quantized(*saved[i : i + 2]) for i in range(0, 8, 2))
         hidden, layout = saved[8], Layout(*saved[9:])
 
-        def wgrad(dy: Tensor, x: Quantized) -> Tensor:
-            columns = quantize_columns(dequantize_blocks(*x, (1, 128)).to(dy.dtype))
-            return grouped_wgrad_codes(quantize_columns(dy), columns, layout.ends)
-
-        d_hidden = swiglu_backward(grouped_mm_codes(quantize_rows(dy), w_out, layout.ends, transposed=False), hidden)
-        dx_RH = grouped_mm_codes(quantize_rows(d_hidden), w_in, layout.ends, transposed=False)
-        d_gate_up = now_or_later(ctx.weights[0], lambda: wgrad(d_hidden, x))
-        return unpermute(dx_RH, layout), d_gate_up, now_or_later(ctx.weights[1], lambda: wgrad(dy, act)), None, None, None
+        dy_rows, dy_columns = quantize_rows_columns(dy)
+        d_down = now_or_later(ctx.weights[1], lambda: grouped_wgrad_codes(dy_columns, requantize_columns(act), layout.ends))
+        d_rows, d_columns = swiglu_backward_quantize(grouped_mm_codes(dy_rows, w_out, layout.ends, transposed=False), hidden)
+        d_gate_up = now_or_later(ctx.weights[0], lambda: grouped_wgrad_codes(d_columns, requantize_columns(x), layout.ends))
+        return unpermute(grouped_mm_codes(d_rows, w_in, layout.ends, transposed=False), layout), d_gate_up, d_down, None, None, None
 
 
 def grouped_swiglu_fp8(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, layout: Layout) -> Tensor:
@@ -179,5 +183,8 @@ def grouped_swiglu_fp8(x_TH: Tensor, gate_up_E2FH: Tensor, down_EHF: Tensor, lay
 if _extension.available():
     torch.library.register_fake("m2_ops::grouped_mm_fp8", lambda x, x_scale, w, w_scale, ends, transposed: x.new_empty(
         (len(x), w.shape[1 if transposed else 2]), dtype=torch.bfloat16))
+    torch.library.register_fake("m2_ops::grouped_swiglu_fp8", lambda x, x_scale, w, w_scale, ends: (
+        x.new_empty(len(x), w.shape[1] // 2), x_scale.new_empty(len(x), w.shape[1] // 256),
+        x.new_empty((len(x), w.shape[1]), dtype=torch.bfloat16)))
     torch.library.register_fake("m2_ops::grouped_wgrad_fp8", lambda dy, dy_scale, x, x_scale, ends: x.new_empty(
         (len(ends), dy.shape[1], x.shape[1]), dtype=torch.bfloat16))

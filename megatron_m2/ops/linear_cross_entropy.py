@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_m2.ops import _extension
+from megatron_m2.ops._checks import check_devices
 
 # Shape suffixes: T tokens, N predictions, H hidden, V vocabulary (or a rank's part of it), C a chunk of it.
 
@@ -115,6 +116,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, sources: Tensor | No
         raise ValueError(f"targets: {targets.dtype} {list(targets.shape)}, need torch.int64 {list(rows)}")
     if sources is not None and (sources.shape != targets.shape or sources.dtype != torch.int64):
         raise ValueError(f"sources: {sources.dtype} {list(sources.shape)}, need torch.int64 {list(targets.shape)}")
+    check_devices(hidden, weight=weight, targets=targets, sources=sources)
 
 
 def _check_targets(targets: Tensor, vocab: int) -> None:

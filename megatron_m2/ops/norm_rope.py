@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_m2.ops import _extension
+from megatron_m2.ops._checks import check_devices
 
 # Shape suffixes: T tokens, W width = H * D, H heads, D head_dim, R rotated pairs of a head.
 
@@ -104,6 +105,7 @@ def norm_rope(x_TW: Tensor, weight_W: Tensor, eps: float, heads: int = 1, rotary
     """
     cos, sin = rotary or (None, None)
     _check(x_TW, weight_W, heads, cos, sin)
+    _check_split(x_TW, sum_squares_T, full_width)
     if not _kernel_takes(x_TW):
         return norm_rope_reference(x_TW, weight_W, eps, heads, rotary, sum_squares_T, full_width)
     width = x_TW.shape[1]
@@ -124,6 +126,18 @@ def _check(x: Tensor, weight: Tensor, heads: int, cos: Tensor | None, sin: Tenso
             continue
         if table.dim() != 2 or len(table) != tokens or 2 * table.shape[1] > width // heads or table.dtype != x.dtype:
             raise ValueError(f"{name}: {table.dtype} {list(table.shape)}, need {x.dtype} [{tokens}, R] with 2 R <= {width // heads}")
+    check_devices(x, weight=weight, cos=cos, sin=sin)
+
+
+def _check_split(x: Tensor, sum_squares: Tensor | None, full_width: int | None) -> None:
+    tokens, width = x.shape
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if sum_squares is not None and (sum_squares.dtype != wide or sum_squares.shape != (tokens,)):
+        raise ValueError(f"sum_squares: {sum_squares.dtype} {list(sum_squares.shape)}, need {wide} [{tokens}]")
+    least = width if full_width is None else full_width
+    if least < width or (sum_squares is None and least != width):
+        raise ValueError(f"full_width: {full_width}, need {width}{' or more' if sum_squares is not None else ' without sum_squares'}")
+    check_devices(x, sum_squares=sum_squares)
 
 
 # ---- torch.library: shapes for tracing, gradients ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_m2.ops import _extension
+from megatron_m2.ops._checks import check_devices
 
 # Shape suffixes: T tokens, K experts per token, E experts, R rows grouped by expert (padding included), W width.
 
@@ -91,6 +92,7 @@ def permute(x_TW: Tensor, layout: Layout) -> Tensor:
     """
     if x_TW.dim() != 2 or not x_TW.is_floating_point() or len(x_TW) != len(layout.row):
         raise ValueError(f"x: {x_TW.dtype} {list(x_TW.shape)}, need floats [{len(layout.row)}, width]")
+    check_devices(x_TW, layout=layout.token)
     if _kernel_takes(x_TW):
         return torch.ops.m2_ops.permute(x_TW, layout.token, layout.row)
     return permute_reference(x_TW, layout)
@@ -114,6 +116,7 @@ def unpermute(rows_RW: Tensor, layout: Layout, weights_TK: Tensor | None = None)
     wide = torch.float64 if rows_RW.dtype == torch.float64 else torch.float32
     if weights_TK is not None and (weights_TK.shape != layout.row.shape or weights_TK.dtype != wide):
         raise ValueError(f"weights: {weights_TK.dtype} {list(weights_TK.shape)}, need {wide} {list(layout.row.shape)}")
+    check_devices(rows_RW, layout=layout.row, weights=weights_TK)
     if _kernel_takes(rows_RW):
         return torch.ops.m2_ops.unpermute(rows_RW, layout.token, layout.row, weights_TK)
     return unpermute_reference(rows_RW, layout, weights_TK)

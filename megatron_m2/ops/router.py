@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_m2.ops import _extension
+from megatron_m2.ops._checks import check_devices
 
 # Shape suffixes: T tokens, E experts, K experts per token.
 
@@ -48,8 +49,7 @@ def _check(logits: Tensor, bias: Tensor, top_k: int, multiplicity: Tensor | None
             continue
         if tensor.dtype != dtype or tensor.shape != shape:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)}, need {dtype} {list(shape)}")
-        if tensor.device != logits.device:
-            raise ValueError(f"{name}: on {tensor.device}, need {logits.device} as the logits")
+    check_devices(logits, bias=bias, multiplicity=multiplicity, routes=routes)
 
 
 def router_reference(

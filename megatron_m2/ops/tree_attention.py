@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_m2.ops import _extension
+from megatron_m2.ops._checks import check_devices
 
 # Shape suffixes: T tokens, Q those of them whose queries are asked, H query heads, G key/value heads (H a multiple of G), D head_dim.
 
@@ -66,8 +67,8 @@ def tree_attention(q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, subtree_end_T: T
         [Q, H, D] in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a ``subtree_end`` that is no forest (not looked at by the GPU's
-            kernel, which would have to wait for it), naming the argument.
+        ValueError: shapes, dtypes or devices that do not fit, or a ``subtree_end`` that is no forest (on a GPU a device assert),
+            naming the argument.
     """
     _check(q_QHD, k_TGD, v_TGD, subtree_end_T, query_start)
     if _kernel_takes(q_QHD):
@@ -121,6 +122,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, query_start: in
         raise ValueError(f"subtree_end: {subtree_end.dtype} {list(subtree_end.shape)}, need torch.int32 [{len(k)}]")
     if not 0 <= query_start <= len(k) - len(q):
         raise ValueError(f"query_start: {query_start}, need 0 to {len(k) - len(q)} for {len(q)} queries of {len(k)} tokens")
+    check_devices(q, k=k, v=v, subtree_end=subtree_end)
 
 
 # ---- torch.library: shapes for tracing, gradients ---------------------------------------------------------------------------------

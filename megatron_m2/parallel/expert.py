@@ -108,10 +108,11 @@ class _MessageRow(NamedTuple):
         return partial(pack_rows, parts, experts, row, self.experts, self.at)
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x, weights and experts; views of the message where nothing needs computing."""
+        """x, weights and experts; x a view of the message where nothing needs computing."""
         *hidden, weights, experts = (rows[:, at : at + n * dtype.itemsize].view(dtype)
                                      for at, (n, dtype) in zip(self.at, self.columns, strict=True))
-        return dequantize_rows(*hidden).to(self.dtype) if self.fp8 else hidden[0], weights, experts
+        # the weights are kept for the backward: a view would keep the whole message with them
+        return dequantize_rows(*hidden).to(self.dtype) if self.fp8 else hidden[0], weights.contiguous(), experts
 
 
 class _Trip:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from megatron_m2.planning.job import Job, Layout
 from megatron_m2.planning.tokens import Shares
 
-_BF16, _FP32, _INT64 = 2, 4, 8
+_BF16, _FP32, _INT32, _INT64 = 2, 4, 4, 8
 _CPU_CHUNK, _CUDA_CHUNK = 1 << 24, 1 << 25  # logits that exist at a time (csrc/linear_cross_entropy)
 _SLAB = 512  # rows by which the CPU's kernel transposes a group's rows for the gradient by a weight
 
@@ -49,8 +49,7 @@ def layer_kept(job: Job, layout: Layout, s: Shares) -> dict[str, int]:
         router += s.rank * m.num_experts * _FP32  # scores
     dispatch = 0
     if layout.parallel.ep > 1:
-        # where each row is from, with its rank; weights that came; in fp32 the rows that came back, which torch's index_add keeps
-        dispatch = 2 * s.sent * _INT64 + s.came * m.top_k * _FP32 + s.sent * w.hidden * _FP32
+        dispatch = s.rank * layout.parallel.ep * _INT32 + s.came * m.top_k * _FP32  # each token's row at each rank; weights that came
     return {"norms": norms, "attention": attention, "router": router, "dispatch": dispatch, "experts": _experts_kept(job, w, s)}
 
 
@@ -76,7 +75,7 @@ def mtp_kept(job: Job, layout: Layout, s: Shares) -> int:
     """Of one MTP module, beside its layer: embedding, previous hidden state, both normed side by side, the state before the last norm
     and what its logits keep."""
     hidden = job.model.hidden_size
-    if layout.recompute:
+    if layout.parallel.recompute:
         return s.rank * 2 * hidden * _BF16 + _logits_kept(s, hidden)  # the two inputs, the second in place of the layer's own
     return s.rank * (4 * hidden * _BF16 + 2 * _FP32) + _logits_kept(s, hidden)
 

@@ -49,27 +49,29 @@ class PublishedRun:
     differs: str = ""
 
 
-def _run(name: str, device: str, gpus: int, model: ModelConfig, layout: Layout, sequences: int, options: Options, tokens_per_s: float,
-         routing: str, source: str, differs: str = "") -> PublishedRun:
-    """Of so many sequences of 4,096 tokens a step."""
+def _run(name: str, device: str, gpus: int, model: ModelConfig, parallel: ParallelConfig, sequences: int, options: Options,
+         tokens_per_s: float, routing: str, source: str, differs: str = "") -> PublishedRun:
+    """Of so many sequences of 4,096 tokens a step, one in a microbatch."""
     job = Job(model, ClusterConfig(gpus // 8, 8, device), 4096, sequences * 4096, options)
-    return PublishedRun(name, device, job, layout, tokens_per_s, routing, source, differs)
+    return PublishedRun(name, device, job, Layout(parallel, 4096), tokens_per_s, routing, source, differs)
 
 
 RUNS = (
-    _run("Qwen3-30B-A3B, 16 H100, bf16", "h100", 16, _QWEN3_30B, Layout(ParallelConfig(ep=16), 4096), 1024, _OVERLAPPED, 13_011, "forced",
+    _run("Qwen3-30B-A3B, 16 H100, bf16", "h100", 16, _QWEN3_30B, ParallelConfig(ep=16), 1024, _OVERLAPPED, 13_011, "forced",
          "NVIDIA-NeMo/Megatron-Bridge 26.08 verification card"),
-    _run("Moonlight-16B-A3B, 16 H100, bf16", "h100", 16, _MOONLIGHT, Layout(ParallelConfig(ep=8), 4096), 1024, _OVERLAPPED, 22_528,
-         "natural", "NVIDIA-NeMo/Megatron-Bridge verification card", "latent attention, two shared experts"),
-    _run("Qwen3-235B-A22B, 256 H100, bf16", "h100", 256, _QWEN3_235B, Layout(ParallelConfig(tp=2, pp=8, ep=32), 4096, vpp=4), 8192,
-         _OVERLAPPED, 2_040, "forced", "NVIDIA/Megatron-LM PR 5728: 302 TFLOP/s at 148 GFLOP a token", "part of each layer recomputed"),
-    _run("Qwen3-235B-A22B, 256 H800, bf16", "h800", 256, _QWEN3_235B, Layout(ParallelConfig(pp=32, ep=8), 4096), 2048, _ALONE, 1_541,
-         "forced", "alibaba/Pai-Megatron-Patch 658, a user's", "vpp 3; its batch is not given"),
-    _run("DeepSeek-V3, 1024 H100, bf16", "h100", 1024, _DEEPSEEK_V3, Layout(ParallelConfig(tp=2, pp=8, ep=64), 4096, vpp=4), 16_384,
-         _BY_NODE, 1_061, "forced", "NVIDIA-NeMo/Megatron-Bridge card 2026-08", "latent attention, one shared expert, part recomputed"),
-    _run("DeepSeek-V3, 2048 H800, FP8", "h800", 2048, replace(_DEEPSEEK_V3, fp8_experts=True),
-         Layout(ParallelConfig(pp=16, ep=64), 4096, schedule="zero_bubble"), 15_360, _DUALPIPE, 1_543, "natural",
-         "arXiv:2412.19437: 2.664M GPU hours for 14.8T tokens", "DualPipe, at most four nodes a token, all projections in FP8"),
+    _run("Moonlight-16B-A3B, 16 H100, bf16", "h100", 16, _MOONLIGHT, ParallelConfig(ep=8), 1024, _OVERLAPPED, 22_528, "natural",
+         "NVIDIA-NeMo/Megatron-Bridge verification card", "latent attention, two shared experts"),
+    _run("Qwen3-235B-A22B, 256 H100, bf16", "h100", 256, _QWEN3_235B,
+         ParallelConfig(tp=2, pp=8, ep=32, vpp=4, schedule="interleaved"), 8192, _OVERLAPPED, 2_040, "forced",
+         "NVIDIA/Megatron-LM PR 5728: 302 TFLOP/s at 148 GFLOP a token", "part of each layer recomputed"),
+    _run("Qwen3-235B-A22B, 256 H800, bf16", "h800", 256, _QWEN3_235B, ParallelConfig(pp=32, ep=8), 2048, _ALONE, 1_541, "forced",
+         "alibaba/Pai-Megatron-Patch 658, a user's", "vpp 3; its batch is not given"),
+    _run("DeepSeek-V3, 1024 H100, bf16", "h100", 1024, _DEEPSEEK_V3,
+         ParallelConfig(tp=2, pp=8, ep=64, vpp=4, schedule="interleaved"), 16_384, _BY_NODE, 1_061, "forced",
+         "NVIDIA-NeMo/Megatron-Bridge card 2026-08", "latent attention, one shared expert, part recomputed"),
+    _run("DeepSeek-V3, 2048 H800, FP8", "h800", 2048, replace(_DEEPSEEK_V3, fp8_experts=True, fp8_dense=True),
+         ParallelConfig(pp=16, ep=64, vpp=2, schedule="zbv"), 15_360, _DUALPIPE, 1_543, "natural",
+         "arXiv:2412.19437: 2.664M GPU hours for 14.8T tokens", "latent attention, a shared expert, at most four nodes a token, DualPipe"),
 )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from megatron_m2.model.config import ModelConfig
+from megatron_m2.parallel.pipeline import SCHEDULES
 from megatron_m2.planning.cluster import ClusterConfig, Device
-from megatron_m2.planning.job import SCHEDULES, Job, Options
+from megatron_m2.planning.job import Job, Options
 from megatron_m2.training.compose import compose_values
 from megatron_m2.training.config import typed
 
@@ -22,8 +23,8 @@ class PlanConfig:
         seq_len: tokens of one chain. batch_tokens: of one optimizer step (M2's is not published; 32M is in the range of MiniMax-01's
             16M to 128M).
         tokens_per_forest: of one microbatch, a multiple of seq_len; None: one to eight chains, powers of two.
-        pp, vpp, cp, tp, ep: sizes of the axes, chunks per stage. schedule: "1f1b" or "zero_bubble".
-        recompute, zero: as in :class:`~megatron_m2.planning.job.Layout`; None: the fastest that fits.
+        pp, vpp, cp, tp, ep, schedule: as in :class:`~megatron_m2.parallel.layout.ParallelConfig`.
+        recompute, zero: the same, and of :class:`~megatron_m2.parallel.sharding.Sharding`; None: the fastest that fits, zero 1 or 2.
         top: layouts to print.
         dispatch_fp8, node_dedup, lean_experts, imbalance, hide_ep, hide_tp, hide_cp, hide_dp, hide_pp: see
             :class:`~megatron_m2.planning.job.Options`.

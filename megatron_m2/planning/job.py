@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import comb
 
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.parallel.layout import Limits, ParallelConfig, check
+from megatron_m2.parallel.pipeline import split_layers
+from megatron_m2.parallel.sharding import Sharding
 from megatron_m2.planning.cluster import ClusterConfig
-
-SCHEDULES = ("1f1b", "zero_bubble")
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Options:
     Attributes:
         dispatch_fp8: rows travel to their experts as FP8 codes with a factor per 128 values; the way back and gradients stay bf16.
         node_dedup: a token travels once to every node with one of its experts and is spread inside it, not once to every rank.
-        lean_experts: the experts' buffers have a row for each choice that is this rank's, and SwiGLU is one kernel, as in other systems.
-            This code has a row for every choice of every token that came, and on a GPU in bf16 torch's product with masked copies.
+        lean_experts: SwiGLU and its gradient are one kernel each and padded rows are not copied, as in other systems. This code has on a
+            GPU in bf16 torch's product between masked copies, and in FP8 SwiGLU's gradient in fp32 tensors.
         imbalance: rows of the most loaded expert rank over the mean: it sets the pace, and its memory the limit.
         hide_ep, hide_tp, hide_cp, hide_dp, hide_pp: share of each kind of traffic that runs behind computation. What is not yet
             overlapped in the code stays 0. For dp the computation at hand is the last microbatch's backward.
@@ -73,48 +73,29 @@ class Layout:
     """One way to run a job.
 
     Attributes:
-        parallel: sizes of the axes.
+        parallel: sizes of the axes, schedule, recomputation.
         tokens_per_forest: tokens of one microbatch, whole chains.
-        schedule: "1f1b" (interleaved where vpp > 1) or "zero_bubble"; vpp: chunks of layers per stage.
-        recompute: keep only each layer's input for the backward.
-        zero: 0 optimizer whole on every replica, 1 optimizer state sharded over them, 2 gradient sums too.
+        sharding: of the optimizer's state.
     """
 
     parallel: ParallelConfig
     tokens_per_forest: int
-    schedule: str = "1f1b"
-    vpp: int = 1
-    recompute: bool = False
-    zero: int = 1
+    sharding: Sharding = field(default_factory=Sharding)
 
 
 def legal(job: Job, layout: Layout) -> None:
     """Refuses a layout that cannot run this job.
 
     Raises:
-        ValueError: one line with the field and what would be legal; of the axes' sizes, :func:`megatron_m2.parallel.layout.check`'s.
+        ValueError: one line with the field and what would be legal: :func:`megatron_m2.parallel.layout.check`'s.
     """
-    m, p = job.model, layout.parallel
+    m = job.model
     if layout.tokens_per_forest % job.seq_len:
         nearest = max(1, round(layout.tokens_per_forest / job.seq_len)) * job.seq_len
         raise ValueError(f"plan.tokens_per_forest = {layout.tokens_per_forest}: must be a multiple of seq_len = {job.seq_len}; "
                          f"nearest is {nearest}")
-    forests = forests_per_step(job, layout)
-    check(p, job.cluster.ranks, Limits(m.num_attention_heads, m.num_key_value_heads, m.num_experts, m.num_hidden_layers, forests,
-                                       layout.tokens_per_forest))
-    if layout.schedule not in SCHEDULES:
-        raise ValueError(f"plan.schedule = {layout.schedule!r}: must be one of {', '.join(SCHEDULES)}")
-    if layout.zero not in (0, 1, 2):
-        raise ValueError(f"plan.zero = {layout.zero}: must be 0, 1 or 2")
-    if layout.vpp < 1 or p.pp * layout.vpp > m.num_hidden_layers:
-        raise ValueError(f"plan.vpp = {layout.vpp}: must be between 1 and {m.num_hidden_layers // p.pp}, a layer for each of the "
-                         f"{p.pp} stages' chunks")
-    if layout.vpp > 1 and (p.pp == 1 or layout.schedule != "1f1b"):
-        raise ValueError(f"plan.vpp = {layout.vpp}: must be 1 with pp = {p.pp} and schedule {layout.schedule}")
-    if layout.vpp > 1 and microbatches(job, layout) % p.pp:
-        raise ValueError(f"plan.vpp = {layout.vpp}: a stage's {microbatches(job, layout)} microbatches must be a multiple of pp = {p.pp}")
-    if layout.schedule == "zero_bubble" and p.pp == 1:
-        raise ValueError("plan.schedule = zero_bubble: needs pp of at least 2")
+    check(layout.parallel, job.cluster.ranks, Limits(m.num_attention_heads, m.num_key_value_heads, m.num_experts, m.num_hidden_layers,
+                                                     forests_per_step(job, layout), layout.tokens_per_forest))
 
 
 def forests_per_step(job: Job, layout: Layout) -> int:
@@ -137,10 +118,10 @@ def distinct_groups(experts: int, top_k: int, groups: int) -> float:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one pipeline stage holds beside its layers.
+    """What one place in the pipeline holds.
 
     Attributes:
-        layers: of each of its chunks.
+        layers: of each of its chunks, first to last; what follows the layers belongs to the last chunk.
         embedding, head: whether it has them; mtp: multi-token-prediction modules.
     """
 
@@ -155,42 +136,22 @@ class Stage:
 
 
 def stages(job: Job, layout: Layout) -> list[Stage]:
-    """The stages of a layout: contiguous chunks of layers, chunk c on stage ``c % pp``, balanced by FLOPs.
-
-    The embedding is on the first stage; final norm, head and MTP modules, with a second copy of the embedding for them, on the last.
-    """
-    model, pp, chunks = job.model, layout.parallel.pp, layout.parallel.pp * layout.vpp
-    layer, tail = _layer_and_tail_flops(model, job.seq_len)
-    counts = split_layers(model.num_hidden_layers, chunks, tail / layer)
-    mtp = model.num_mtp_modules
-    return [Stage(counts[s::pp], embedding=s == 0 or (s == pp - 1 and mtp > 0), head=s == pp - 1, mtp=mtp if s == pp - 1 else 0)
-            for s in range(pp)]
-
-
-@lru_cache(maxsize=4096)
-def split_layers(layers: int, chunks: int, tail: float) -> tuple[int, ...]:
-    """Layers of each chunk, the largest cost least where the last chunk also costs ``tail`` layers; only it may have none.
-
-    >>> split_layers(62, 4, 3.0)
-    (17, 16, 16, 13)
-    """
-    if chunks == 1:
-        return (layers,)
-
-    def largest(last: int) -> tuple[float, float]:
-        others = -(-(layers - last) // (chunks - 1))
-        return max(float(others), last + tail), abs(last + tail - others)
-
-    last = min(range(layers - chunks + 2), key=largest)
-    base, extra = divmod(layers - last, chunks - 1)
-    return (*(base + (c < extra) for c in range(chunks - 1)), last)
+    """By place in the pipeline, as :class:`megatron_m2.training.stages.ModelStages` builds them."""
+    p, mtp = layout.parallel, job.model.num_mtp_modules
+    counts = _layers_of_chunks(job.model, job.seq_len // 2, p.pp * p.vpp)
+    found = []
+    for place in range(p.pp):
+        # zbv goes to the last rank and back; the others start again at the first
+        mine = (place, 2 * p.pp - 1 - place) if p.schedule == "zbv" and p.pp > 1 else range(place, p.pp * p.vpp, p.pp)
+        first, last = 0 in mine, p.pp * p.vpp - 1 in mine
+        found.append(Stage(tuple(counts[chunk] for chunk in mine), first or (last and mtp > 0), last, mtp if last else 0))
+    return found
 
 
-def _layer_and_tail_flops(model: ModelConfig, seq_len: int) -> tuple[float, float]:
-    """Forward FLOPs of a chain in one layer, and in head and MTP modules."""
-    pairs = seq_len * (seq_len + 1) // 2
-    layers = model.forward_flops(seq_len, pairs, 0)
-    return layers / model.num_hidden_layers, chain_flops(model, seq_len) - layers
+@lru_cache(maxsize=1024)
+def _layers_of_chunks(model: ModelConfig, depth: int, chunks: int) -> tuple[int, ...]:
+    spans = split_layers([model.layer_flops(depth)] * model.num_hidden_layers, model.last_flops(depth), chunks)
+    return tuple(span.stop - span.start for span in spans)
 
 
 def chain_flops(model: ModelConfig, seq_len: int) -> int:

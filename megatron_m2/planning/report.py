@@ -57,15 +57,16 @@ def _counts(config: PlannerConfig, found: Found) -> str:
 
 def _name(layout: Layout) -> str:
     p = layout.parallel
-    return f"pp {p.pp} cp {p.cp} tp {p.tp} ep {p.ep}"
+    chunks = f" x {p.vpp}" if p.vpp > 1 else ""
+    return f"pp {p.pp}{chunks} {p.schedule} cp {p.cp} tp {p.tp} ep {p.ep}"
 
 
 def _layouts(config: PlannerConfig, plans: Sequence[Plan]) -> str:
     rows = []
     for plan in plans[: config.plan.top]:
         layout, t, p = plan.layout, plan.time, plan.layout.parallel
-        rows.append([str(p.pp), str(layout.vpp), str(p.cp), str(p.tp), str(p.ep), str(p.dp(t.ranks)), f"{layout.tokens_per_forest:,}",
-                     layout.schedule, "yes" if layout.recompute else "no", str(layout.zero), f"{plan.memory.total / 1e9:.1f}",
+        rows.append([str(p.pp), str(p.vpp), str(p.cp), str(p.tp), str(p.ep), str(p.dp(t.ranks)), f"{layout.tokens_per_forest:,}",
+                     p.schedule, "yes" if p.recompute else "no", str(layout.sharding.zero), f"{plan.memory.total / 1e9:.1f}",
                      f"{t.total:.3g}", f"{t.tokens_per_s:,.0f}", f"{t.tokens_per_s / t.ranks:,.0f}", f"{100 * t.mfu:.1f}%",
                      f"{100 * t.seconds['idle'] / t.total:.0f}%"])
     header = ["pp", "vpp", "cp", "tp", "ep", "dp", "forest", "schedule", "recompute", "zero", "GB", "s/step", "tokens/s", "each", "MFU",
@@ -111,7 +112,7 @@ def _stretches(config: PlannerConfig, stretches: Sequence[Stretch]) -> str:
             rows.append([*cells, s.why, *[""] * 6])
             continue
         t, layout = s.plan.time, s.plan.layout
-        how = f"{_name(layout)} {layout.schedule}{' recompute' if layout.recompute else ''} zero {layout.zero}"
+        how = f"{_name(layout)}{' recompute' if layout.parallel.recompute else ''} zero {layout.sharding.zero}"
         rows.append([*cells, how, f"{t.tokens_per_s:,.0f}", f"{t.tokens_per_s / t.ranks:,.0f}", f"{100 * t.mfu:.1f}%", f"{s.days:.1f}",
                      f"{s.elapsed:.1f}", f"{s.days * 24 * t.ranks / 1e6:.2f}M"])
     lines = table(["stage", "tokens", "chain", "MTP", "layout", "tokens/s", "each", "MFU", "days", "with failures", "GPU hours"], rows)

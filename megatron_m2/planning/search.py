@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_m2.parallel.layout import ParallelConfig
+from megatron_m2.parallel.sharding import Sharding
 from megatron_m2.planning.cluster import Device
 from megatron_m2.planning.config import PlanConfig
 from megatron_m2.planning.job import Job, Layout, legal
@@ -81,7 +82,7 @@ def _fastest_that_fits(job: Job, layout: Layout, plan: PlanConfig, room: int, fo
     zero = (1, 2) if plan.zero is None else (plan.zero,)
     for z in zero:
         for r in recompute:
-            tried = replace(layout, zero=z, recompute=r)
+            tried = replace(layout, parallel=replace(layout.parallel, recompute=r), sharding=Sharding(zero=z))
             stage, memory = peak_memory(job, tried)
             if memory.total <= room:
                 return tried, stage, memory
@@ -103,13 +104,19 @@ def _candidates(job: Job, plan: PlanConfig) -> Iterator[Layout]:
                 for cp in _choice(plan.cp, [n for n in sizes if n <= max(1, most)]):
                     for ep in _choice(plan.ep, _divisors(m.num_experts)):
                         for schedule, vpp in _schedules(plan, pp, m.num_hidden_layers):
-                            yield Layout(ParallelConfig(pp=pp, cp=cp, tp=tp, ep=ep), t, schedule, vpp)
+                            yield Layout(ParallelConfig(pp=pp, cp=cp, tp=tp, ep=ep, vpp=vpp, schedule=schedule), t)
 
 
 def _schedules(plan: PlanConfig, pp: int, layers: int) -> Iterator[tuple[str, int]]:
-    for schedule in _choice(plan.schedule, ["1f1b", "zero_bubble"] if pp > 1 else ["1f1b"]):
-        most = min(_MOST_VPP, layers // pp) if schedule == "1f1b" and pp > 1 else 1
-        for vpp in _choice(plan.vpp, [2**i for i in range(max(1, most).bit_length())]):
+    """(schedule, chunks per rank); a place alone has no schedule."""
+    if pp == 1:
+        yield plan.schedule or "1f1b", plan.vpp or 1
+        return
+    most = min(_MOST_VPP, (layers + 1) // pp)
+    looped = [2**i for i in range(1, most.bit_length())]
+    chunks = {"1f1b": [1], "interleaved": looped, "zero_bubble": looped, "zbv": [2]}
+    for schedule in _choice(plan.schedule, list(chunks)):
+        for vpp in _choice(plan.vpp, chunks.get(schedule, [1])):
             yield schedule, vpp
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_m2.parallel.layout import ParallelConfig
+from megatron_m2.parallel.pipeline import SPLIT_BACKWARD
 from megatron_m2.planning.activations import Widths
 from megatron_m2.planning.cluster import Device
 from megatron_m2.planning.job import Job, Layout, Stage, chain_flops, forests_per_step, microbatches, stages
@@ -60,7 +62,7 @@ def step_time(job: Job, layout: Layout, device: Device) -> StepTime:
     stage = max(every, key=lambda each: _total(passes[each]))
     seconds = {name: n * value for name, value in passes[stage].items()}
     others = sum(_total(passes[each]) for each in every) - _total(passes[stage])
-    seconds["idle"] = _bubble(layout, others, _weight_gradients(job, layout, stage, s, device))
+    seconds["idle"] = _bubble(layout.parallel, n, others, _weight_gradients(job, layout, stage, s, device))
     replicas = replica_traffic(job, layout, stage, n)
     exchange = sum(t.seconds(device) for t in replicas)
     last_backward = 2 / 3 * sum(v for name, v in passes[stage].items() if name in ("products", "experts", "attention", "elementwise"))
@@ -78,7 +80,7 @@ def step_time(job: Job, layout: Layout, device: Device) -> StepTime:
 
 def _microbatch(job: Job, layout: Layout, stage: Stage, s: Shares, device: Device) -> Seconds:
     """Forward and backward of one forest on one stage, by part; with recomputation the forward twice."""
-    layers, forwards = stage.total_layers + stage.mtp, 2 if layout.recompute else 1
+    layers, forwards = stage.total_layers + stage.mtp, 2 if layout.parallel.recompute else 1
     seconds: Seconds = {}
     for times, work in ((forwards * layers, _layer(job, layout, s, device, backward=False)),
                         (layers, _layer(job, layout, s, device, backward=True)), (1, _ends(job, layout, stage, s, device))):
@@ -90,7 +92,7 @@ def _microbatch(job: Job, layout: Layout, stage: Stage, s: Shares, device: Devic
 
 
 def _microbatch_traffic(job: Job, layout: Layout, stage: Stage, s: Shares) -> Iterable[Traffic]:
-    layers, forwards = stage.total_layers + stage.mtp, 2 if layout.recompute else 1
+    layers, forwards = stage.total_layers + stage.mtp, 2 if layout.parallel.recompute else 1
     yield from (t.times(forwards * layers) for t in layer_traffic(job, layout, s, backward=False))
     yield from (t.times(layers) for t in layer_traffic(job, layout, s, backward=True))
     yield from (t.times(2) for t in (*ends_traffic(job, layout, stage, s), *pipeline_traffic(job, layout, s)))
@@ -105,12 +107,15 @@ def _layer(job: Job, layout: Layout, s: Shares, device: Device, backward: bool) 
     mine = 2 * s.expert_rows * m.expert_parameters
     pairs = m.forward_flops(0, s.pairs, 0) / m.num_hidden_layers / tp
     elementwise = _elementwise_bytes(job, layout, s, backward) / device.hbm.value
+    fp8_dense = m.fp8_dense and job.cluster.runs_on == "cuda"
     if not backward:
         by_experts = mine / (device.fp8_gemm if m.fp8_experts else device.grouped_gemm).value
-        return {"products": projections / device.gemm.value + router / device.fp32_gemm.value, "experts": by_experts,
+        dense = (device.fp8_gemm if fp8_dense else device.gemm).value
+        return {"products": projections / dense + router / device.fp32_gemm.value, "experts": by_experts,
                 "attention": pairs / device.attention_forward.value, "elementwise": elementwise, "host": device.host.value}
     by_input, by_weight = (device.fp8_gemm, device.fp8_wgrad) if m.fp8_experts else (device.grouped_gemm, device.grouped_gemm)
-    return {"products": 2 * (projections / device.gemm.value + router / device.fp32_gemm.value),
+    dense = 1 / device.fp8_gemm.value + 1 / device.fp8_wgrad.value if fp8_dense else 2 / device.gemm.value
+    return {"products": projections * dense + 2 * router / device.fp32_gemm.value,
             "experts": mine / by_input.value + mine / by_weight.value,
             "attention": 2.5 * pairs / device.attention_backward.value, "elementwise": elementwise, "host": device.host.value}
 
@@ -130,7 +135,7 @@ def _elementwise_bytes(job: Job, layout: Layout, s: Shares, backward: bool) -> f
         rows = 4 * hidden + 2 * hidden + 8 * hidden + 22 * f  # torch's kernel: masked copies of input, hidden, product, output; SwiGLU
     forward = s.rank * tokens + s.cp * heads + s.layout_rows * rows
     if layout.parallel.ep > 1:
-        forward += s.sent * 22 * hidden  # gathered for sending 4, widened 6, added 12
+        forward += s.sent * 6 * hidden + s.rank * 2 * hidden  # packed into messages 4; sums of what came back
     weights = 3 * w.experts * m.expert_parameters if m.fp8_experts else 0  # read in bf16, written as codes
     if not backward:
         return forward + weights
@@ -152,12 +157,12 @@ def _ends(job: Job, layout: Layout, stage: Stage, s: Shares, device: Device) -> 
 
 
 def _optimizer(job: Job, layout: Layout, stage: Stage, device: Device) -> float:
-    """Reads gradient, master and moments, writes master, moments and weight; the norm reads every gradient once."""
+    """Of each shard reads gradient, master and moments, writes master, moments and weight; the norm reads the gradient once more."""
     total = 0.0
     for g in stage_weights(job, layout, stage):
         if g.trained:
-            shard = g.count / g.replicas if layout.zero else g.count
-            total += 4 * (shard if layout.zero == 2 else g.count) + (4 * 4 + 3 * 4 + 2) * shard
+            shard = g.count / layout.sharding.shards(g.replicas, g.part)
+            total += (4 + 4 * 4 + 3 * 4 + 2) * shard
     return total / device.hbm.value
 
 
@@ -174,16 +179,17 @@ def _weight_gradients(job: Job, layout: Layout, stage: Stage, s: Shares, device:
     return (stage.total_layers + stage.mtp) * (backward["products"] + backward["experts"]) / 2
 
 
-def _bubble(layout: Layout, others: float, weight_gradients: float) -> float:
+def _bubble(parallel: ParallelConfig, microbatches: int, others: float, weight_gradients: float) -> float:
     """Seconds in which the slowest stage waits.
 
     A microbatch passes through all other stages once while the slowest one has nothing of it to do; chunks divide that by their number
-    (arXiv:2104.04473), and zero bubble fills it with weight gradients: of a stage's F + B, W in it, F + B - 2 W remain (ZB-H1,
-    arXiv:2401.10241).
+    (arXiv:2104.04473), and zero bubble fills it with weight gradients: of a stage's F + B, W in it, F + B - 2 W remain
+    (arXiv:2401.10241). Where a V has fewer than two rounds of microbatches, its way back does not help.
 
     Args:
         others: seconds of one microbatch on all other stages; weight_gradients: W of the slowest.
     """
-    if layout.schedule == "zero_bubble":
-        return max(0.0, others - (layout.parallel.pp - 1) * 2 * weight_gradients)
-    return others / layout.vpp
+    if parallel.schedule in SPLIT_BACKWARD:
+        others = max(0.0, others - (parallel.pp - 1) * 2 * weight_gradients)
+    short = parallel.schedule == "zbv" and microbatches < 2 * parallel.pp
+    return others / (1 if short else parallel.vpp)

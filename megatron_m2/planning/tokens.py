@@ -51,8 +51,7 @@ def shares(job: Job, layout: Layout) -> Shares:
     sent = round(rank * distinct_groups(m.num_experts, m.top_k, p.ep))
     came = round(sent * busy)
     mine = round(rank * m.top_k * busy)
-    slots = mine if job.options.lean_experts else came * m.top_k
-    return Shares(total, cp, rank, visible, received, pairs, sent, came, mine, layout_rows(m, slots, p.ep))
+    return Shares(total, cp, rank, visible, received, pairs, sent, came, mine, layout_rows(m, mine, p.ep))
 
 
 def layout_rows(model: ModelConfig, slots: int, ep: int) -> int:

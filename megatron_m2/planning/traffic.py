@@ -86,20 +86,21 @@ def layer_traffic(job: Job, layout: Layout, s: Shares, backward: bool) -> list[T
 def _expert_traffic(job: Job, layout: Layout, s: Shares, backward: bool) -> list[Traffic]:
     """Rows to their experts and sums back; in the backward gradients the same two ways."""
     m, ep, cluster = job.model, layout.parallel.ep, job.cluster
-    row = m.hidden_size * _BF16
-    codes = m.hidden_size + -(-m.hidden_size // 128) * _FP32
-    there = (codes if job.options.dispatch_fp8 and not backward else row) + m.top_k * _FP32  # with the routing weights or their gradients
-    if not backward:
-        there += m.top_k * _INT32  # and the choices
+    row, weights = m.hidden_size * _BF16, m.top_k * _FP32
+    if backward:
+        there, back, messages = row, row + weights, 2
+    else:  # one message with state, weights and choices
+        codes = m.hidden_size + -(-m.hidden_size // 128) * _FP32
+        there, back, messages = (codes if job.options.dispatch_fp8 else row) + weights + m.top_k * _INT32, row, 1
     others = s.sent * (ep - 1) / ep
     if not job.options.node_dedup or cluster.per_node(ep, 1) == ep:
-        return [_exchange("ep", "ep dispatch", others * there, ep, 1, cluster, 2 if backward else 4),
-                _exchange("ep", "ep combine", others * row, ep, 1, cluster)]
+        return [_exchange("ep", "ep dispatch", others * there, ep, 1, cluster, 1 if backward else 2),  # forward: the counts too
+                _exchange("ep", "ep combine", others * back, ep, 1, cluster, messages)]
     nodes = ep // cluster.per_node(ep, 1)
     far = s.rank * distinct_groups(m.num_experts, m.top_k, nodes) * (nodes - 1) / nodes
     inside = s.sent * (1 - nodes / ep)  # every row but those for the rank where it enters the node
-    return [Traffic("ep", "ep dispatch", inside * there, far * there, 2 if backward else 4),
-            Traffic("ep", "ep combine", inside * row, far * row)]
+    return [Traffic("ep", "ep dispatch", inside * there, far * there, 1 if backward else 2),
+            Traffic("ep", "ep combine", inside * back, far * back, messages)]
 
 
 def ends_traffic(job: Job, layout: Layout, stage: Stage, s: Shares) -> list[Traffic]:
@@ -120,25 +121,32 @@ def pipeline_traffic(job: Job, layout: Layout, s: Shares) -> list[Traffic]:
     pp = layout.parallel.pp
     if pp == 1:
         return []
-    sent = layout.vpp * s.rank * job.model.hidden_size * _BF16
+    sent = layout.parallel.vpp * s.rank * job.model.hidden_size * _BF16
     stage_ranks = job.cluster.ranks // pp
     near = job.cluster.per_node(pp, stage_ranks) == pp
-    return [Traffic("pp", "pp states", sent if near else 0, 0 if near else sent, layout.vpp)]
+    return [Traffic("pp", "pp states", sent if near else 0, 0 if near else sent, layout.parallel.vpp)]
 
 
 def replica_traffic(job: Job, layout: Layout, stage: Stage, microbatches: int) -> list[Traffic]:
-    """Of one step: gradients (fp32) summed over each weight's replicas, weights (bf16) gathered from their shards.
+    """Of one step: gradients (fp32) summed over each weight's replicas, weights gathered from their shards in their own dtype.
 
-    Without ZeRO one all-reduce; with ZeRO-1 a reduce-scatter and a gather; with ZeRO-2 the reduce-scatter is every microbatch's.
+    ZeRO-0 reduces all of it everywhere; ZeRO-1 reduce-scatters over the shards, and sums these over their copies; ZeRO-2 reduce-scatters
+    every microbatch's.
     """
     found = []
+    sharding = layout.sharding
     for g in stage_weights(job, layout, stage):
         if g.replicas == 1 or not g.trained:
             continue
-        others = (g.replicas - 1) / g.replicas * g.count
-        name = "experts" if g.part in ("experts", "mtp") and g.stride == layout.parallel.ep and layout.parallel.ep > 1 else "dense"
-        reductions = microbatches if layout.zero == 2 else 1
-        found.append(_ring("dp", f"dp {name} gradients", others * _FP32 * reductions, g.replicas, g.stride, job.cluster, reductions))
-        width = _FP32 if layout.zero == 0 or g.wide else _BF16
-        found.append(_ring("dp", f"dp {name} weights", others * width, g.replicas, g.stride, job.cluster))
+        kind = "expert" if g.part == "experts" or (g.part == "mtp" and g.stride == layout.parallel.ep > 1) else "dense"
+        shards = sharding.shards(g.replicas, g.part)
+        others, copies = (shards - 1) / shards * g.count, g.replicas // shards
+        times = microbatches if sharding.zero == 2 and not g.across_stages else 1
+        if shards > 1:
+            width = _FP32 if g.wide else _BF16
+            found += [_ring("dp", f"dp {kind} gradients", others * _FP32 * times, shards, g.stride, job.cluster, times),
+                      _ring("dp", f"dp {kind} weights", others * width, shards, g.stride, job.cluster)]
+        if copies > 1:
+            size = 2 * (copies - 1) / copies * g.count / shards * _FP32
+            found.append(_ring("dp", f"dp {kind} gradients", size, copies, g.stride * shards, job.cluster))
     return found

@@ -17,7 +17,8 @@ class WeightGroup:
         count: how many.
         replicas: ranks that hold the same ones; they add up their gradients and may share out the optimizer's state.
         stride: distance between such ranks.
-        wide: fp32 and its own master copy (the router); else bf16 with an fp32 master.
+        wide: fp32 (the router); else bf16.
+        across_stages: its replicas lie on two pipeline stages, so that ZeRO-2 leaves its gradients whole (an embedding of MTP modules too).
         trained: has a gradient (all but the router's bias).
     """
 
@@ -27,6 +28,7 @@ class WeightGroup:
     stride: int
     wide: bool = False
     trained: bool = True
+    across_stages: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Replicas:
 
     stage: tuple[int, int]
     heads: tuple[int, int]
+    embedding: tuple[int, int]
     kv: tuple[int, int]
     experts: tuple[int, int]
 
@@ -43,7 +46,8 @@ class Replicas:
         p = layout.parallel
         both = p.dp(job.cluster.ranks) * p.cp
         copies = max(1, p.tp // job.model.num_key_value_heads)
-        return cls((both * p.tp, 1), (both, p.tp), (both * copies, p.tp // copies), (both * p.tp // p.ep, p.ep))
+        twice = 2 if job.model.num_mtp_modules and not p.first_stage_with_last else 1  # on the first stage and on the last
+        return cls((both * p.tp, 1), (both, p.tp), (both * twice, p.tp), (both * copies, p.tp // copies), (both * p.tp // p.ep, p.ep))
 
 
 def layer_weights(job: Job, layout: Layout, rank: int = 0) -> list[WeightGroup]:
@@ -67,7 +71,7 @@ def stage_weights(job: Job, layout: Layout, stage: Stage, rank: int = 0) -> list
     layer = layer_weights(job, layout, rank)
     groups = [WeightGroup(g.part, g.count * stage.total_layers, g.replicas, g.stride, g.wide, g.trained) for g in layer]
     if stage.embedding:
-        groups.append(WeightGroup("embedding", vocabulary, *r.heads))
+        groups.append(WeightGroup("embedding", vocabulary, *r.embedding, across_stages=m.num_mtp_modules > 0))
     if stage.head:
         groups += [WeightGroup("norms", m.hidden_size, *r.stage), WeightGroup("head", vocabulary, *r.heads)]
     if stage.mtp:

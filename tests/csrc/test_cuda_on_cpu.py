@@ -22,7 +22,7 @@ SELECTIONS = {
     "norm_rope": (["tests/ops/test_norm_rope.py"], "not threads"),
     "linear_cross_entropy": (["tests/ops/test_linear_cross_entropy.py"], "dtype2 or backwards or certain or opcheck"),
     "fp8": (["tests/gpu/test_fp8_cuda.py"], "test"),
-    "tree_attention": (["tests/gpu/test_tree_attention_cuda.py"], "(bushes and 6) or token or strides or head_dim"),
+    "tree_attention": (["tests/gpu/test_tree_attention_cuda.py"], "(bushes and 6) or token or strides or head_dim or forest"),
 }
 
 

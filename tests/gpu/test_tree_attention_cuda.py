@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from megatron_m2.ops.tree_attention import tree_attention_reference, tree_attention_with_lse
-from tests.gpu import DEVICE, needs_gpu
+from tests.gpu import DEVICE, EMULATED, needs_gpu
 from tests.ops.test_tree_attention import gradient_magnitudes, inputs, random_tree, run, star
 
 pytestmark = needs_gpu
@@ -52,3 +55,34 @@ def test_head_dim_of_the_kernel():
     q, k, v = (x.to(DEVICE) for x in inputs(0, 8, 8, 2, 1, 96, torch.bfloat16))
     with pytest.raises(ValueError, match="head_dim 96, need 64 or 128"):
         torch.ops.m2_ops.tree_attention(q, k, v, torch.full((8,), 8, dtype=torch.int32, device=DEVICE), 0)
+
+
+NO_FORESTS = {"ends before it begins": [4, 1, 4, 4], "ends beyond its parent": [4, 3, 4, 4], "ends beyond the tokens": [5, 2, 3, 4],
+              "crosses another, tiles later": [*[200] * 100, *[150] * 50, *[200] * 49, 201],
+              "crosses the end of a subtree far before": [300, 200, *range(3, 151), *[250] * 50, *[300] * 100]}
+
+
+@pytest.mark.parametrize("name", list(NO_FORESTS))
+def test_what_is_no_forest_stops_the_device(name):
+    """On a GPU in a process of its own, since a device assert ends its CUDA context."""
+    ends = NO_FORESTS[name]
+    if EMULATED:
+        x = torch.randn(len(ends), 1, 64).bfloat16()
+        with pytest.raises(ValueError, match="subtree_end: no forest"):
+            tree_attention_with_lse(x, x, x, torch.tensor(ends, dtype=torch.int32))
+        return
+    program = ("import torch; from megatron_m2.ops.tree_attention import tree_attention as a; "
+               f"x = torch.randn({len(ends)}, 1, 64).bfloat16().cuda(); "
+               f"a(x, x, x, torch.tensor({ends}, dtype=torch.int32).cuda()); torch.cuda.synchronize()")
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "subtree_end: no forest" in result.stderr
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_forests_with_siblings_far_apart_are_none_of_those(seed):
+    for forks in (0.003, 0.03, 0.3):
+        ends = random_tree(seed, 900, forks).to(DEVICE)
+        x = torch.randn(1, 1, 64, device=DEVICE).bfloat16()
+        keys = torch.randn(900, 1, 64, device=DEVICE).bfloat16()
+        assert tree_attention_with_lse(x, keys, keys, ends, 899).out.isfinite().all()

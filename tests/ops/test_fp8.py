@@ -16,7 +16,11 @@ from megatron_m2.ops.fp8 import (
     quantize_columns,
     quantize_reference,
     quantize_rows,
+    quantize_rows_columns,
     quantize_weights,
+    requantize_columns,
+    swiglu_backward_quantize,
+    swiglu_backward_reference,
     swiglu_quantize,
 )
 from megatron_m2.ops.grouped_gemm import grouped_mm_reference
@@ -86,6 +90,35 @@ def test_permute_and_swiglu_quantise_what_they_make():
     assert bool(((values - expected).abs() <= (2**-4 + 2**-7) * expected.abs() + 1.01 * steps).all())
 
 
+@given(rows=st.integers(0, 300), width=st.integers(1, 300), seed=st.integers(0, 2**20))
+@example(rows=128, width=256, seed=0)
+def test_both_ways_in_one_reading(rows, width, seed):
+    x = rows_of_all_sizes(seed, rows, width)
+    by_rows, by_columns = quantize_rows_columns(x)
+    assert same(by_rows, quantize_reference(x, (1, 128)))
+    assert same(by_columns, quantize_reference(x, (128, 1)))
+    assert same(requantize_columns(by_rows), quantize_reference(dequantize_blocks(*by_rows, (1, 128)).bfloat16(), (128, 1)))
+
+
+def codes_off_by_one(mine: Quantized, expected: Quantized) -> float:
+    """The share of codes that differ, all of them by one: a flipped rounding of a bf16 value, or of a factor, moves a code by one."""
+    torch.testing.assert_close(mine.scales, expected.scales, rtol=2**-7, atol=0)
+    difference = mine.codes.view(torch.uint8).int() - expected.codes.view(torch.uint8).int()
+    assert int(difference.abs().max()) <= 1
+    return float((difference != 0).float().mean())
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (130, 6), (256, 128), (70, 150)])
+def test_swiglu_gradient_is_quantised_as_it_is_made(rows, width):
+    d_act, hidden = torch.randn(rows, width).bfloat16(), (2 * torch.randn(rows, 2 * width)).bfloat16()
+    leaf = hidden.double().requires_grad_()
+    gate, up = leaf.chunk(2, -1)
+    (torch.nn.functional.silu(gate) * up).backward(d_act.double())
+    assert float((swiglu_backward_reference(d_act.double(), hidden.double()) - leaf.grad).abs().max()) < 1e-13
+    for mine, block in zip(swiglu_backward_quantize(d_act, hidden), ((1, 128), (128, 1)), strict=True):
+        assert codes_off_by_one(mine, quantize_reference(leaf.grad.bfloat16(), block)) < 0.02
+
+
 groups = st.lists(st.integers(0, 3), min_size=1, max_size=4)
 
 
@@ -116,6 +149,21 @@ def check_products(sizes, a, b, seed, device="cpu", terms=2e-6):
     for q, transposed in ((quantize_rows(x), True), (quantize_rows(dy), False)):
         check(grouped_mm_codes, grouped_mm_fp8_reference, q, w, transposed)
     check(grouped_wgrad_codes, grouped_wgrad_fp8_reference, quantize_columns(dy), quantize_columns(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("sizes", "depth", "width"), [([1], 16, 128), ([2, 0, 1], 144, 256), ([0], 32, 128), ([1, 3], 256, 384)], ids=str)
+def test_swiglu_in_the_product_changes_no_number(sizes, depth, width):
+    check_fused_swiglu(sizes, depth, width)
+
+
+def check_fused_swiglu(sizes, depth, width, device="cpu"):
+    ends = (128 * torch.tensor(sizes)).cumsum(0).int().to(device)
+    x = quantize_rows(rows_of_all_sizes(0, int(ends[-1]) + 100, depth).to(device))
+    w = quantize_weights(torch.randn(len(sizes), 2 * width, depth).bfloat16().to(device))
+    codes, scales, hidden = torch.ops.m2_ops.grouped_swiglu_fp8(*x, *w, ends)
+    assert torch.equal(hidden, grouped_mm_codes(x, w, ends))
+    assert same(Quantized(codes, scales), swiglu_quantize(hidden))
 
 
 def test_gradients_are_those_of_the_bf16_product_to_fp8_rounding():
@@ -161,6 +209,9 @@ def test_ops_pass_opcheck():
     for op, arguments in ((ops.quantize_rows, (x,)), (ops.quantize_columns, (x,)), (ops.swiglu_quantize, (x,)),
                           (ops.quantize_weights, (x[None],)),
                           (ops.permute_quantize, (x, layout.token)),
+                          (ops.quantize_rows_columns, (x,)), (ops.requantize_columns, tuple(quantize_rows(x))),
+                          (ops.swiglu_backward_quantize, (x[:, :10], x)),
+                          (ops.grouped_swiglu_fp8, (*quantize_rows(x), *quantize_weights(torch.randn(1, 256, 20).bfloat16()), ends)),
                           (ops.grouped_mm_fp8, (*quantize_rows(x), *quantize_weights(torch.randn(1, 6, 20).bfloat16()), ends, True)),
                           (ops.grouped_wgrad_fp8, (*quantize_columns(x), *quantize_columns(x), ends))):
         # opcheck's test_schema multiplies tensors by NaN to compare them, which torch has not for e4m3: what it looks for is asserted here
@@ -177,6 +228,8 @@ def test_arguments_that_do_not_fit_are_named():
         r"x: torch\.float64": lambda: quantize_rows(x.double()), r"hidden: width 5": lambda: swiglu_quantize(x[:, :5]),
         r"x: \[127, 6\]": lambda: permute_quantize(x[1:], layout), r"x: torch\.float32": lambda: grouped_mm_fp8(x.float(), w.float(), ends),
         r"w: .* does not fit": lambda: grouped_mm_fp8(x, w[..., :4], ends), r"ends: \[100\]": lambda: grouped_mm_fp8(x, w, ends - 28),
+        r"d_act: .* does not fit hidden": lambda: swiglu_backward_quantize(x, x),
+        r"x: torch\.int64": lambda: quantize_rows_columns(x.long()),
         r"weight_scale_inv": lambda: dequantize_blocks(quantize_blocks(x)[0], torch.ones(2, 2)),
     }.items():
         with pytest.raises(ValueError, match=name):
@@ -194,3 +247,9 @@ def test_kernels_check_for_themselves():
         ops.grouped_wgrad_fp8(*x, *x, ends - 28)
     with pytest.raises(ValueError, match="w: shape"):
         ops.grouped_mm_fp8(*x, torch.empty(1, 4, 8).to(E4M3), torch.ones(1, 1, 1), ends, True)
+    with pytest.raises(ValueError, match="w: 128 rows, need a multiple of 256"):
+        ops.grouped_swiglu_fp8(x.codes, torch.ones(128, 1), torch.empty(1, 128, 6).to(E4M3), torch.ones(1, 1, 1), ends)
+    with pytest.raises(ValueError, match="scales: shape"):
+        ops.requantize_columns(x.codes, x.scales)
+    with pytest.raises(ValueError, match="d_act: shape"):
+        ops.swiglu_backward_quantize(torch.randn(3, 4).bfloat16(), torch.randn(3, 4).bfloat16())

@@ -68,6 +68,14 @@ def test_rows_that_lie_apart():
             assert torch.equal(permute(storage[:, :width].copy_(whole), layout), permute(whole.contiguous(), layout))
 
 
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "block"), [(700, 1500, 3, 16), (5000, 256, 2, 128), (9000, 2, 2, 1)])
+def test_layout_of_many(tokens, experts, top_k, block):
+    """More experts than a GPU's block has threads, more slots than its warps take at once."""
+    chosen = torch.randint(-1, experts, (tokens, top_k), dtype=torch.int32)
+    for mine, reference in zip(permute_layout(chosen, experts, block), permute_layout_reference(chosen, experts, block), strict=True):
+        assert torch.equal(mine, reference)
+
+
 def run(x, rows, layout, weights):
     x, rows, weights = x.clone().requires_grad_(), rows.clone().requires_grad_(), weights.clone().requires_grad_()
     spread, combined, plain = permute(x, layout), unpermute(rows, layout, weights), unpermute(rows, layout)
@@ -145,6 +153,8 @@ def test_kernels_check_for_themselves():
         permute_layout(chosen.index_put((torch.tensor(5), torch.tensor(1)), torch.tensor(7, dtype=torch.int32)), 4)
     with pytest.raises(ValueError, match="routed: 11, but 12 slots have an expert"):
         permute_layout(chosen, 4, routed=11)
+    with pytest.raises(ValueError, match=r"experts: .* rows with their padding, need less than 2"):
+        permute_layout(chosen, 10**9, 2**30)
     with pytest.raises(ValueError, match="x: Double"):
         ops.permute(torch.randn(6, 3).double(), layout.token, layout.row)
     with pytest.raises(ValueError, match=r"token\[0\]: 9"):

@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_m2.forest import TokenForest
 from megatron_m2.model.m2 import M2Model
-from megatron_m2.parallel import collectives
-from megatron_m2.parallel.layout import ParallelConfig
-from megatron_m2.parallel.mesh import Axis, Mesh
+from megatron_m2.parallel.collectives import highest
+from megatron_m2.parallel.mesh import ONE, Axis, Mesh
 from megatron_m2.planning.cluster import ClusterConfig
-from megatron_m2.planning.job import Job, Layout
+from megatron_m2.planning.job import Job, Layout, Options
 from megatron_m2.training.config import OptimConfig
-from megatron_m2.training.losses import LossWeights, forest_loss
+from megatron_m2.training.losses import LossWeights
 from megatron_m2.training.optimizer import MasterAdamW
+from megatron_m2.training.stages import ModelStages
 
 
 def job_of(model, ranks: int, seq_len: int, batch_tokens: int, **options) -> Job:
     """On a machine of CPU ranks, one node."""
-    from megatron_m2.planning.job import Options
-
     return Job(model, ClusterConfig(1, ranks, "cpu", "cpu"), seq_len, batch_tokens, Options(**options))
-
-
-def mesh_of(parallel: ParallelConfig, world: int, rank: int, kv_heads: int) -> Mesh:
-    """One rank's mesh without process groups: sizes and places alone, from the order of ranks that the layout prescribes."""
-    pp, cp, tp, ep, dp = parallel.pp, parallel.cp, parallel.tp, parallel.ep, parallel.dp(world)
-    stage, place = dp * cp * tp, rank % (dp * cp * tp)
-    copies = max(1, tp // kv_heads)
-    return Mesh(pp=Axis(pp, rank // stage), dp=Axis(dp, place // (cp * tp)), cp=Axis(cp, place // tp % cp), tp=Axis(tp, place % tp),
-                sequence=Axis(cp * tp, place % (cp * tp)), stage=Axis(stage, place), heads=Axis(dp * cp, place // tp),
-                kv=Axis(dp * cp * copies, place // tp * copies + place % copies), ep=Axis(ep, place % ep),
-                experts=Axis(stage // ep, place // ep), world=Axis(world, rank))
 
 
 def chains(layout: Layout, seq_len: int, vocab: int) -> TokenForest:
@@ -89,69 +76,81 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 class Trained:
-    """A model with its optimizer after one step, so that everything a step needs between steps exists."""
+    """This rank's stages with their optimizer, after one step, so that everything a step needs between steps exists.
 
-    def __init__(self, model: M2Model, forest: TokenForest) -> None:
-        self.model, self.forest = model, forest
-        self.weights = LossWeights.of([forest, forest], model.config.num_mtp_modules)
-        self.optimizer = MasterAdamW(model.named_parameters(), OptimConfig())
+    Args:
+        microbatches: of a step; at least two: in the second one the gradients' sums are there.
+    """
+
+    def __init__(self, job: Job, layout: Layout, mesh: Mesh = ONE, microbatches: int = 2) -> None:
+        self.stages = ModelStages(job.model, layout.parallel, mesh, torch.bfloat16, "cpu", 0, job.seq_len // 2)
+        self.forests = [chains(layout, job.seq_len, job.model.vocab_size)] * microbatches
+        self.weights = LossWeights.of(self.forests, job.model.num_mtp_modules)
+        self.optimizer = MasterAdamW(self.stages.named_parameters(), OptimConfig(), mesh, layout.sharding)
         self.step()
 
-    def microbatch(self) -> None:
-        output = self.model(self.forest)
-        forest_loss(output, self.forest, self.weights, 0.3, 2).total.backward()
-
     def step(self) -> None:
-        """Two microbatches: in the second one the gradients' sums are there."""
-        self.microbatch()
-        self.microbatch()
-        self.optimizer.step(1e-3)
+        self.stages.train(self.forests, self.weights, 0.3, len(self.forests), self.optimizer.before_backward)
+        self.optimizer.step(0.0)  # routes stay as they are
 
-    def standing_bytes(self) -> tuple[int, int]:
-        """Of the weights, and of masters and moments."""
-        weights = sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers()))
-        own = {id(p) for p in self.model.parameters()}
-        state = 0
-        for master in self.optimizer.masters.values():
-            moments = self.optimizer.adamw.state[master]
-            tensors = [moments["exp_avg"], moments["exp_avg_sq"], *([] if id(master) in own else [master])]
-            state += sum(t.numel() * t.element_size() for t in tensors)
-        return weights, state
+    def accumulate(self) -> None:
+        """The step's forwards and backwards, nothing reduced: gloo copies what it reduces, NCCL does not."""
+        self.stages.train(self.forests, self.weights, 0.3, len(self.forests))
+
+    @property
+    def model(self) -> M2Model:
+        """The only stage."""
+        (model,) = self.stages.stages.values()
+        return model
+
+    def fullest(self, value: int) -> int:
+        """The largest of this stage's ranks'."""
+        axis = self.stages.mesh.stage
+        return value if axis.size == 1 else int(highest(torch.tensor(value), axis))
+
+    def standing_bytes(self) -> tuple[int, int, int]:
+        """Of the weights; of the gradients' sums that stay from step to step; of masters and moments."""
+        weights = {t.untyped_storage().data_ptr(): t.nbytes for m in self.stages.stages.values() for t in m.state_dict().values()}
+        masters = {m.untyped_storage().data_ptr(): m.untyped_storage().nbytes() for m in self.optimizer.masters.values()}
+        moments = [self.optimizer.adamw.moments(m) for m in self.optimizer.masters.values()]
+        state = sum(size for at, size in masters.items() if at not in weights) + sum(t.nbytes for m in moments for t in m.values())
+        sums = sum(0 if b._sums_SW is None else b._sums_SW.nbytes for b in self.optimizer.gradients.buckets)
+        return sum(weights.values()), sums, state
 
 
-@contextmanager
-def sent_bytes(axes: dict[str, Axis]) -> Iterator[dict[str, int]]:
-    """Bytes that this rank sends to others in each axis' group while the context is open."""
-    sums: dict[str, int] = defaultdict(int)
-    names = {id(axis.group): name for name, axis in axes.items() if axis.group is not None}
-    originals = dist.all_reduce, dist.all_to_all_single, collectives._all_gather, collectives._reduce_scatter
+class SentBytes(TorchDispatchMode):
+    """Bytes that this rank sends to others while the mode is on, by axis.
 
-    def count(group: object, size: float) -> None:
-        sums[names[id(group)]] += round(size)
+    Args:
+        axes: by name; a group that is two of them counts as the last. Groups of none of them are the optimizer's: "dp".
 
-    def all_reduce(tensor: torch.Tensor, *rest, group, **named):
-        ranks = dist.get_world_size(group)
-        count(group, 2 * (ranks - 1) / ranks * tensor.nbytes)
-        return originals[0](tensor, *rest, group=group, **named)
+    Attributes:
+        sums: by name.
+    """
 
-    def all_to_all(out, tensor, out_splits=None, splits=None, group=None, **named):
-        ranks, me = dist.get_world_size(group), dist.get_rank(group)
-        splits_here = splits or [len(tensor) // ranks] * ranks
-        row = tensor.nbytes // max(1, len(tensor))
-        count(group, row * (sum(splits_here) - splits_here[me]))
-        return originals[1](out, tensor, out_splits, splits, group=group, **named)
+    def __init__(self, axes: dict[str, Axis]) -> None:
+        super().__init__()
+        self.names = {axis.group.group_name: name for name, axis in axes.items() if axis.group is not None}
+        self.sums: dict[str, int] = defaultdict(int)
 
-    def all_gather(out, tensor, group):
-        count(group, (dist.get_world_size(group) - 1) * tensor.nbytes)
-        return originals[2](out, tensor, group=group)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func._schema.name.split("::")[-1]
+            group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            self.sums[self.names.get(group.group_name, "dp")] += round(self._sent(name, args, group.size(), group.rank()))
+        return func(*args, **(kwargs or {}))
 
-    def reduce_scatter(out, tensor, group):
-        count(group, (dist.get_world_size(group) - 1) * out.nbytes)
-        return originals[3](out, tensor, group=group)
-
-    dist.all_reduce, dist.all_to_all_single = all_reduce, all_to_all
-    collectives._all_gather, collectives._reduce_scatter = all_gather, reduce_scatter
-    try:
-        yield sums
-    finally:
-        dist.all_reduce, dist.all_to_all_single, collectives._all_gather, collectives._reduce_scatter = originals
+    @staticmethod
+    def _sent(name: str, args, ranks: int, me: int) -> float:
+        if name == "allreduce_":  # as a reduce-scatter and a gather
+            return 2 * (ranks - 1) / ranks * sum(t.nbytes for t in args[0])
+        if name in ("send", "recv_"):  # between stages
+            return sum(t.nbytes for t in args[0]) if name == "send" else 0.0
+        tensor = args[1]
+        if name == "_allgather_base_":
+            return (ranks - 1) * tensor.nbytes
+        if name == "_reduce_scatter_base_":
+            return (ranks - 1) / ranks * tensor.nbytes
+        assert name == "alltoall_base_", name
+        splits = list(args[4]) or [len(tensor) // ranks] * ranks
+        return tensor.nbytes // max(1, len(tensor)) * (sum(splits) - splits[me])

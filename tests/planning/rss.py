@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 
 from megatron_m2.model.config import ModelConfig
-from megatron_m2.model.m2 import build_model
 from megatron_m2.parallel.layout import ParallelConfig
 from megatron_m2.planning.job import Layout
 from megatron_m2.planning.memory import stage_memory
-from tests.planning.measure import Trained, chains, job_of
+from tests.planning.measure import Trained, job_of
 
 MODEL = ModelConfig(vocab_size=4096, hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
                     rotary_dim=32, num_experts=32, top_k=4, intermediate_size=256, num_mtp_modules=0, max_position_embeddings=4096)
@@ -29,12 +28,12 @@ def most_resident() -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
-    layout = Layout(ParallelConfig(), 1024, zero=0)
+    job, layout = job_of(MODEL, 1, 512, 2048), Layout(ParallelConfig(), 1024)
     small = replace(MODEL, hidden_size=64, num_experts=4, vocab_size=64)
-    Trained(build_model(small, torch.bfloat16, seed=0), chains(Layout(ParallelConfig(), 64), 64, 64)).step()  # loads every library
+    Trained(job_of(small, 1, 64, 128), Layout(ParallelConfig(), 64)).step()  # loads every library
     before = most_resident()
-    Trained(build_model(MODEL, torch.bfloat16, seed=0), chains(layout, 512, MODEL.vocab_size)).step()
-    print(most_resident() - before, stage_memory(job_of(MODEL, 1, 512, 2048), layout, 0).total)
+    Trained(job, layout).step()
+    print(most_resident() - before, stage_memory(job, layout, 0).total)
 
 
 if __name__ == "__main__":

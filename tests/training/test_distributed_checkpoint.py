@@ -194,6 +194,8 @@ def full_disk_on_rank_1(folder: Path):
     assert saver.wait() is None
     dist.barrier()
     assert [p.name for p in folder.iterdir()] == ["step_00000001"]
+    assert checkpoint.newest(folder if rank == 0 else "elsewhere", mesh) == folder / "step_00000001"
+    assert checkpoint.newest(folder / "none", mesh) is None
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     # a folder that rank 0 cannot write

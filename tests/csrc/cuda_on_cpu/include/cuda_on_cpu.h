@@ -267,6 +267,8 @@ inline unsigned __match_any_sync(unsigned, int value) {
   });
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 template <typename T>
 T atomicAdd(T* to, T value) {
   const T before = *to;
@@ -279,6 +281,11 @@ inline unsigned __float_as_uint(float x) {
   unsigned bits;
   std::memcpy(&bits, &x, 4);
   return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 using std::isnan;
 
