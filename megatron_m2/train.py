@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_m2.parallel.launch import is_first, join, local_rank, world_size
+from megatron_m2.parallel.launch import end, is_first, join, local_rank, world_size
 from megatron_m2.parallel.watchdog import leave, watched
 from megatron_m2.training import checkpoint
 from megatron_m2.training.compose import read_config
@@ -129,4 +129,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(leave(main(sys.argv[1:])))
+    status = leave(main(sys.argv[1:]))
+    if world_size() > 1:
+        end(status)
+    sys.exit(status)

@@ -99,7 +99,6 @@ class M2Model(nn.Module):
                  span: Span | None = None, embed_tokens: VocabEmbedding | None = None) -> None:
         super().__init__()
         self.config, self.mesh, self.recompute = config, mesh, recompute
-        self.dtype = dtype  # of weights and compute, the router apart
         self.span = span or Span(0, config.num_hidden_layers)
         num_mtp = config.num_mtp_modules if self.span.last else 0
         if self.span.first or num_mtp:
@@ -113,6 +112,11 @@ class M2Model(nn.Module):
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
             self.lm_head = VocabLinear(config.hidden_size, config.vocab_size, mesh.tp, dtype)
         self.mtp = nn.ModuleList(MTPModule(config, dtype, mesh) for _ in range(num_mtp))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and compute, the router apart, which no stage begins with."""
+        return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,14 @@ def is_first(environment: Mapping[str, str] = os.environ) -> bool:
 def local_rank(environment: Mapping[str, str] = os.environ) -> int:
     """Number of this process on its host, which is the number of its GPU."""
     return int(environment.get("LOCAL_RANK", "0"))
+
+
+def end(status: int) -> NoReturn:
+    """Ends a process that took part in a group, without taking Python down first: a thread of gloo may only then come to free the
+    tensors of its last collective, and finding Python gone it would abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager

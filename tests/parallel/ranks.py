@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megatron_m2.parallel.launch import end
+
 
 def _rank(rank: int, world: int, store: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
@@ -20,6 +22,7 @@ def _rank(rank: int, world: int, store: str, work: Callable[..., None], argument
         work(*arguments)
     finally:
         dist.destroy_process_group()
+    end(0)
 
 
 def on_ranks(world: int, work: Callable[..., None], *arguments: Any) -> None:
