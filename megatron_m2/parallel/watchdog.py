@@ -106,11 +106,14 @@ def watched(timeout_s: float, explain: Explain) -> Iterator[Progress]:
     record_collectives()
     watchdog = Watchdog(world, timeout_s, progress)
     watchdog.start()
+    # where a rank died, its launcher ends the others of its host: not before one of them has said why
+    before = signal.signal(signal.SIGTERM, lambda number, frame: watchdog.terminate())
     try:
         yield progress
     except Exception as error:
         watchdog.failed(error, explain)
     watchdog.close()
+    signal.signal(signal.SIGTERM, before)
 
 
 class Watchdog(threading.Thread):
@@ -133,8 +136,11 @@ class Watchdog(threading.Thread):
         self.mate_fd = -1
         self.closing = False
         self.error: Exception | None = None  # of the watched thread
+        self.lost = ""  # why that was a failed collective
+        self.terminated = float("inf")  # when a launcher's request to end is heeded
         self.held: tuple[str, float] = ("", 0.0)  # collective that this rank waits in, since when
         self.wanted = 0.0  # since when something seems wrong
+        self.first_look: tuple[float, list[Sign]] | None = None
 
     # ---- the watched thread's side ------------------------------------------------------------------------------------------------
 
@@ -147,10 +153,8 @@ class Watchdog(threading.Thread):
 
     def failed(self, error: Exception, explain: Explain) -> NoReturn:
         """Ends the job for an exception of this rank, or waits for the verdict where it only met the end of another rank."""
-        self.error = error
-        lost = collective_failure(error)
-        if lost:
-            self.sign = replace(self.sign, lost=lost)
+        self.error, self.lost = error, collective_failure(error)
+        if self.lost:
             self._wake()
             self.join()
             os._exit(1)  # where the thread has lost the board
@@ -165,6 +169,10 @@ class Watchdog(threading.Thread):
                 say(verdict.line)
             self._end(found)
 
+    def terminate(self) -> None:
+        """Ends this rank, after the time that a verdict takes."""
+        self.terminated = time.monotonic() + (LOOKS + 3) * self.interval
+
     def _wake(self) -> None:
         os.eventfd_write(self.event, 1)
 
@@ -178,8 +186,9 @@ class Watchdog(threading.Thread):
                     self._end(Verdict(**json.loads(self.board.get("verdict"))))
                 self._watch_mate()
                 self._look_at_neighbours()
-                if self._suspects():
-                    self._judge()
+                self._judge()
+                if time.monotonic() > self.terminated:
+                    os._exit(128 + signal.SIGTERM)
                 self._sleep(self.interval)
             self.sign = replace(self.sign, done=True)
             self._sign(self.sign.position)
@@ -201,7 +210,7 @@ class Watchdog(threading.Thread):
         return position
 
     def _sign(self, position: Position) -> None:
-        self.sign = replace(self.sign, number=self.sign.number + 1, step=self.progress.last_step(), position=position)
+        self.sign = replace(self.sign, number=self.sign.number + 1, step=self.progress.last_step(), lost=self.lost, position=position)
         self.board.set(f"rank/{self.sign.rank}", json.dumps(asdict(self.sign)))
 
     def _read(self, rank: int) -> Sign:
@@ -244,26 +253,27 @@ class Watchdog(threading.Thread):
         """Whether a neighbour gives no sign of life, this rank's collective failed or takes too long."""
         now, patience = time.monotonic(), PATIENCE * self.timeout_s
         silent = any(now - since > patience for sign, since in self.seen.values() if not sign.done)
-        suspects = silent or bool(self.sign.lost) or bool(self.held[0] and now - self.held[1] > patience)
-        self.wanted = (self.wanted or now) if suspects else 0.0
-        return suspects
+        return silent or bool(self.lost) or bool(self.held[0] and now - self.held[1] > patience)
 
     def _judge(self) -> None:
         """Looks at all ranks twice. One does it for all; should it die meanwhile, each speaks for itself."""
-        if self.board.compare_set("judge", "", str(self.sign.rank)).decode() != str(self.sign.rank):
-            if time.monotonic() - self.wanted > 3 * LOOKS * self.interval:
-                self._end(self._agree(self._verdict([self.sign], "cannot go on" + (f": {self.sign.lost}" if self.sign.lost else ""))))
-            return
-        first = [self._read(r) for r in range(self.world)]
-        for _ in range(LOOKS):
-            time.sleep(self.interval)
-            self._sign(self._position())
-        second = [self._read(r) for r in range(self.world)]
-        self._look_at_neighbours()
+        now = time.monotonic()
         if not self._suspects():
-            self.board.delete_key("judge")
+            if self.first_look:
+                self.board.delete_key("judge")
+            self.wanted, self.first_look = 0.0, None
             return
-        self._end(self._agree(self._find(first, second)))
+        self.wanted = self.wanted or now
+        if self.first_look is None:
+            if self.board.compare_set("judge", "", str(self.sign.rank)).decode() == str(self.sign.rank):
+                self.first_look = now, self._look_at_all()
+            elif now - self.wanted > 3 * LOOKS * self.interval:
+                self._end(self._agree(self._verdict([self.sign], "cannot go on" + (f": {self.lost}" if self.lost else ""))))
+        elif now - self.first_look[0] > LOOKS * self.interval:
+            self._end(self._agree(self._find(self.first_look[1], self._look_at_all())))
+
+    def _look_at_all(self) -> list[Sign]:
+        return [self._read(r) for r in range(self.world)]
 
     def _find(self, first: list[Sign], second: list[Sign]) -> Verdict:
         """Who holds the job up, from two looks at every rank."""
