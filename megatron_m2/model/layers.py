@@ -20,14 +20,15 @@ from megatron_m2.ops.norm_rope import Rotary, norm_rope, rms_norm, row_sum_squar
 from megatron_m2.ops.router import sigmoid_router
 from megatron_m2.ops.weight_grad import linear
 from megatron_m2.parallel.collectives import all_sum, gather_rows, scatter_sum_rows, total
-from megatron_m2.parallel.expert import expert_parallel
+from megatron_m2.parallel.expert import LocalExperts, expert_parallel
 from megatron_m2.parallel.layout import part
-from megatron_m2.parallel.mesh import Mesh
+from megatron_m2.parallel.mesh import Axis, Mesh
 from megatron_m2.parallel.placement import placed
 from megatron_m2.parallel.tensor import split_linear
 
 # Shape suffixes: T tokens of this rank, C of its tp ranks together (all, on a mesh of ones), H hidden, E experts, K experts per token.
 
+ExpertParallel = Callable[[Tensor, Tensor, Tensor, int, Axis, LocalExperts], Tensor]  # parallel.expert.expert_parallel and its like
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [C, heads, d], k and v [C, kv_heads, d] -> [C, heads, d]
 
 
@@ -129,6 +130,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> None:
         super().__init__()
         self.mesh, self.num_experts = mesh, config.num_experts
+        self.expert_parallel: ExpertParallel = expert_parallel  # how rows reach their experts; a run may set it otherwise
         self.with_aux_loss = config.router_aux_loss_coef > 0
         self.fp8 = config.fp8_experts
         self.router = Router(config, dtype)
@@ -142,7 +144,7 @@ class MoE(nn.Module):
     def forward(self, x_TH: Tensor, multiplicity_T: Tensor | None) -> tuple[Tensor, RouterStats]:
         logits_TE = self.router(x_TH)
         routed = sigmoid_router(logits_TE, self.router.bias, self.router.top_k, multiplicity=multiplicity_T)
-        out = expert_parallel(x_TH, routed.weights, routed.experts, self.num_experts, self.mesh.ep, self._experts)
+        out = self.expert_parallel(x_TH, routed.weights, routed.experts, self.num_experts, self.mesh.ep, self._experts)
         aux_loss = None
         if self.with_aux_loss:
             aux_loss = balance_loss(logits_TE, routed.counts, multiplicity_T, partial(total, axis=self.mesh.sequence))

@@ -16,6 +16,10 @@ class ParallelConfig:
         vpp: stages per pp rank. schedule: of the pipeline: 1f1b (vpp 1), interleaved or zero_bubble (vpp 2 or more), zbv (vpp 2, the
             first stage beside the last).
         recompute: keep only each layer's input for the backward, which runs the layer again.
+        ep_fp8_payload: tokens travel to their experts as e4m3 codes with a factor per 128 values; sums and gradients stay as they are.
+        ep_chunks: parts of a forest's tokens, of which one travels while the experts of another compute.
+        ep_peer_mib: size of a message that ranks of one node write straight into each other's memory (CUDA IPC); longer ones, and all
+            where a GPU cannot reach the others, go by all-to-all. 0: none.
         timeout_s: seconds within which a rank that died or stalls ends the job; so a collective takes at most 0.7 of it.
     """
 
@@ -26,6 +30,9 @@ class ParallelConfig:
     vpp: int = 1
     schedule: str = "1f1b"
     recompute: bool = False
+    ep_fp8_payload: bool = False
+    ep_chunks: int = 1
+    ep_peer_mib: int = 0
     timeout_s: float = 600.0
 
     @property
@@ -58,7 +65,9 @@ def check(config: ParallelConfig, world: int, limits: Limits) -> None:
     Raises:
         ValueError: one line with the field, its value, the constraint and the nearest legal value.
     """
-    for name in ("pp", "cp", "tp", "ep", "vpp"):
+    if config.ep_peer_mib < 0:
+        raise ValueError(f"parallel.ep_peer_mib = {config.ep_peer_mib}: must be at least 0")
+    for name in ("pp", "cp", "tp", "ep", "vpp", "ep_chunks"):
         if getattr(config, name) < 1:
             raise ValueError(f"parallel.{name} = {getattr(config, name)}: must be at least 1")
     if config.timeout_s <= 0:

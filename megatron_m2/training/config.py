@@ -133,6 +133,8 @@ class TrainConfig:
         _require(o.grad_clip > 0, "optim.grad_clip", o.grad_clip, "positive")
         _require(r.dtype in DTYPES, "run.dtype", r.dtype, f"one of {', '.join(DTYPES)}")
         _require(r.dtype == "bfloat16" or not self.model.fp8_experts, "model.fp8_experts", True, f"false with run.dtype = {r.dtype}")
+        _require(r.dtype != "float64" or not self.parallel.ep_fp8_payload, "parallel.ep_fp8_payload", True,
+                 f"false with run.dtype = {r.dtype}")
         _require(r.wandb in ("offline", "online", "disabled"), "run.wandb", r.wandb, "offline, online or disabled")
         _require(r.keep_checkpoints >= 1, "run.keep_checkpoints", r.keep_checkpoints, "at least 1")
         for name in ("eval_every", "save_every", "sample_tokens"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,10 @@ from megatron_m2.model.m2 import M2Output, build_stages
 from megatron_m2.ops.weight_grad import Later
 from megatron_m2.parallel.box import Box, module_boxes
 from megatron_m2.parallel.context import TokenShards
+from megatron_m2.parallel.expert import expert_parallel
 from megatron_m2.parallel.layout import ParallelConfig
 from megatron_m2.parallel.mesh import Mesh
+from megatron_m2.parallel.peer_memory import peer_memory
 from megatron_m2.parallel.pipeline import SPLIT_BACKWARD, Action, Part, Pipeline, schedule, split_layers, stage_ranks
 from megatron_m2.training.losses import ForestLoss, LossWeights, stage_loss
 
@@ -35,9 +38,20 @@ class ModelStages:
         self.spans = split_layers([model.layer_flops(depth)] * model.num_hidden_layers, model.last_flops(depth), len(rank_of))
         mine = [stage for stage, rank in enumerate(rank_of) if rank == mesh.pp.rank]
         self.stages = build_stages(model, self.spans, mine, dtype, device, seed, mesh, parallel.recompute)
+        if mesh.ep.size > 1:
+            self._set_expert_parallel(device)
         splits = mesh.pp.size > 1 and parallel.schedule in SPLIT_BACKWARD
         later = {stage: Later(m.parameters()) for stage, m in self.stages.items()} if splits else {}
         self.pipeline = Pipeline(mesh.pp, rank_of, self.stages, torch.empty(0, dtype=dtype, device=device), later)
+
+    def _set_expert_parallel(self, device: torch.device | str) -> None:
+        """One way to the experts for all layers, as the configuration has it."""
+        peers, device = self.parallel.ep_peer_mib, torch.device(device)
+        exchange = peer_memory(self.mesh.ep, peers << 20, device) if peers else None
+        way = partial(expert_parallel, fp8_payload=self.parallel.ep_fp8_payload, chunks=self.parallel.ep_chunks, exchange=exchange)
+        for stage in self.stages.values():
+            for layer in stage.moe_layers():
+                layer.expert_parallel = way
 
     def _orders(self, microbatches: int) -> Sequence[Sequence[Action]]:
         return schedule(self.parallel.schedule, self.mesh.pp.size, self.parallel.vpp, microbatches)
