@@ -43,7 +43,7 @@ int32_t& SampleTree::Children::operator()(int32_t edge, int64_t token) {
   return slots_[i].child;
 }
 
-SampleTree::SampleTree(std::span<const int64_t> tokens_N, std::span<const int64_t> lengths_S)
+SampleTree::SampleTree(std::span<const int64_t> tokens_N, std::span<const int64_t> lengths_S, std::span<const int64_t> parents_S)
     : tokens_N_(tokens_N), lengths_S_(lengths_S), children_(2 * lengths_S.size()) {
   if (lengths_S.empty()) refuse("samples: empty");
   if (static_cast<int64_t>(lengths_S.size()) > kMost / 2) refuse("samples: more than 2^30");  // two edges each
@@ -56,16 +56,24 @@ SampleTree::SampleTree(std::span<const int64_t> tokens_N, std::span<const int64_
     if (length < 0 || length > static_cast<int64_t>(tokens_N.size()) - begin)
       refuse("lengths[" + std::to_string(last_S_.size()) + "] = " + std::to_string(length) + ": " +
              std::to_string(tokens_N.size() - begin) + " tokens are left");
-    last_S_.push_back(add(begin, length));
+    last_S_.push_back(add(start(parents_S), begin, length));
     begin += length;
   }
   if (begin != static_cast<int64_t>(tokens_N.size()))
     refuse("lengths: they add up to " + std::to_string(begin) + ", need the " + std::to_string(tokens_N.size()) + " of tokens");
 }
 
-// The edge that the sample ends with; whatever is split later, it keeps its number.
-int32_t SampleTree::add(int64_t begin, int64_t length) {
-  int32_t at = kRoot;
+// The edge that the next sample goes on from.
+int32_t SampleTree::start(std::span<const int64_t> parents_S) const {
+  if (parents_S.empty()) return kRoot;
+  const int64_t next = static_cast<int64_t>(last_S_.size()), parent = parents_S[next];
+  if (parent < kNone || parent >= next)
+    refuse("parents[" + std::to_string(next) + "] = " + std::to_string(parent) + ": need an earlier sample, or -1 for none");
+  return parent == kNone ? kRoot : last_S_[parent];
+}
+
+// The edge that the sample ends with; whatever is split later, it keeps its number and its end.
+int32_t SampleTree::add(int32_t at, int64_t begin, int64_t length) {
   for (int64_t done = 0; done < length;) {
     const int64_t* rest = tokens_N_.data() + begin + done;
     int32_t child = children_(at, *rest);
@@ -134,9 +142,9 @@ void SampleTree::write(std::span<const float> weights_N, const Fields& out) {
   std::vector<double> sums_T(weights_N.empty() ? 0 : size_);
   int64_t end = 0;
   for (size_t s = 0; s < last_S_.size(); ++s) {
-    end += lengths_S_[s];
-    int64_t begin = end;
-    for (int32_t at = last_S_[s]; at != kRoot; at = edges_[at].parent) {
+    const int64_t first = end;
+    int64_t begin = end += lengths_S_[s];
+    for (int32_t at = last_S_[s]; begin > first; at = edges_[at].parent) {  // not into what the sample goes on from
       const Edge& edge = edges_[at];
       begin -= edge.length;
       std::iota(out.place.begin() + begin, out.place.begin() + begin + edge.length, edge.position);

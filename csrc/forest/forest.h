@@ -13,8 +13,10 @@ namespace m2::forest {
 class SampleTree {
  public:
   // Samples laid back to back, `lengths_S` of each. Work is linear in the tokens.
-  // Throws std::invalid_argument: no sample, an empty one, lengths that are not those of the tokens, or more than 2^31 - 1 tokens merged.
-  SampleTree(std::span<const int64_t> tokens_N, std::span<const int64_t> lengths_S);
+  // `parents_S` (or empty): the earlier sample that a sample goes on from, whose tokens it does not repeat; -1: none.
+  // Throws std::invalid_argument: no sample, an empty one, lengths that are not those of the tokens, a parent that is no earlier sample, or
+  // more than 2^31 - 1 tokens merged.
+  SampleTree(std::span<const int64_t> tokens_N, std::span<const int64_t> lengths_S, std::span<const int64_t> parents_S);
 
   int64_t size() const { return size_; }
 
@@ -52,7 +54,8 @@ class SampleTree {
     std::vector<Slot> slots_;
   };
 
-  int32_t add(int64_t begin, int64_t length);
+  int32_t start(std::span<const int64_t> parents_S) const;
+  int32_t add(int32_t at, int64_t begin, int64_t length);
   int32_t append(int32_t parent, int64_t begin, int64_t length);
   int32_t split(int32_t lower, int64_t at);
   void write_edge(const Edge& edge, int32_t end, const Fields& out) const;

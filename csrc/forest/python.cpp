@@ -29,15 +29,19 @@ std::span<T> fill(Array<T>& x) {
   return {x.mutable_data(), static_cast<size_t>(x.size())};
 }
 
-py::tuple merge(const Array<int64_t>& tokens_in, const Array<int64_t>& lengths_in, const std::optional<Array<float>>& weights_in) {
+py::tuple merge(const Array<int64_t>& tokens_in, const Array<int64_t>& lengths_in, const std::optional<Array<float>>& weights_in,
+                const std::optional<Array<int64_t>>& parents_in) {
   const auto tokens = view("tokens", tokens_in), lengths = view("lengths", lengths_in);
   const auto weights = weights_in ? view("weights", *weights_in) : std::span<const float>();
   if (weights_in && weights.size() != tokens.size())
     throw std::invalid_argument("weights: " + std::to_string(weights.size()) + " values for " + std::to_string(tokens.size()) + " tokens");
+  const auto parents = parents_in ? view("parents", *parents_in) : std::span<const int64_t>();
+  if (parents_in && parents.size() != lengths.size())
+    throw std::invalid_argument("parents: " + std::to_string(parents.size()) + " for " + std::to_string(lengths.size()) + " samples");
   std::optional<SampleTree> tree;
   {
     const py::gil_scoped_release release;
-    tree.emplace(tokens, lengths);
+    tree.emplace(tokens, lengths, parents);
   }
   const int64_t size = tree->size();
   Array<int64_t> merged(size), place(tokens.size());
@@ -69,7 +73,8 @@ py::tuple measured(const Array<int32_t>& parent_in) {
 }  // namespace
 
 void bind(py::module_& module) {
-  module.def("merge_samples", &merge, py::arg("tokens").noconvert(), py::arg("lengths").noconvert(), py::arg("weights").noconvert());
+  module.def("merge_samples", &merge, py::arg("tokens").noconvert(), py::arg("lengths").noconvert(), py::arg("weights").noconvert(),
+             py::arg("parents").noconvert());
   module.def("measure_forest", &measured, py::arg("parent").noconvert());
 }
 

@@ -5,6 +5,7 @@ What the arrays mean is written in :class:`megatron_m2.forest.TokenForest`.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -34,20 +35,22 @@ class Merged(NamedTuple):
     place: np.ndarray
 
 
-def merge(tokens_N: np.ndarray, lengths_S: np.ndarray, weights_N: np.ndarray | None = None) -> Merged:
+def merge(tokens_N: np.ndarray, lengths_S: np.ndarray, weights_N: np.ndarray | None = None, parents_S: np.ndarray | None = None
+          ) -> Merged:
     """The forest of the distinct prefixes of samples laid back to back. Children of a token come in order of first appearance.
 
     Args:
         tokens_N: int64 [N], contiguous.
         lengths_S: int64 [S], of each sample, at least 1.
-        weights_N: float32 [N]; None: 1 each. Summed in fp64 in the order of the samples. The first of a sample is ignored.
+        weights_N: float32 [N]; None: 1 each. Summed in fp64 in the order of the samples. Those of roots are ignored.
+        parents_S: int64 [S]: the earlier sample that a sample goes on from, whose tokens it does not repeat; -1: none.
 
     Raises:
-        ValueError: no sample, an empty one, lengths or weights that do not fit the tokens, or 2^31 tokens or more after merging.
+        ValueError: no sample, an empty one, lengths, weights or parents that do not fit, or 2^31 tokens or more after merging.
     """
     if not _extension.available():
-        return merge_reference(tokens_N, lengths_S, weights_N)
-    return Merged(*_extension.module().merge_samples(tokens_N, lengths_S, weights_N))
+        return merge_reference(tokens_N, lengths_S, weights_N, parents_S)
+    return Merged(*_extension.module().merge_samples(tokens_N, lengths_S, weights_N, parents_S))
 
 
 def measure(parent_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -62,46 +65,59 @@ def measure(parent_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return depth, subtree_end
 
 
-def merge_reference(tokens_N: np.ndarray, lengths_S: np.ndarray, weights_N: np.ndarray | None = None) -> Merged:
+def merge_reference(tokens_N: np.ndarray, lengths_S: np.ndarray, weights_N: np.ndarray | None = None,
+                    parents_S: np.ndarray | None = None) -> Merged:
     """:func:`merge` token by token: a dictionary of children at each."""
-    lengths = lengths_S.tolist()
-    if not lengths:
-        raise ValueError("samples: empty")
-    if min(lengths) < 1:
-        s = next(s for s, n in enumerate(lengths) if n < 1)
-        raise ValueError(f"samples[{s}]: empty")
-    if sum(lengths) != len(tokens_N):
-        raise ValueError(f"lengths: they add up to {sum(lengths)}, need the {len(tokens_N)} of tokens")
-    if weights_N is not None and len(weights_N) != len(tokens_N):
-        raise ValueError(f"weights: {len(weights_N)} values for {len(tokens_N)} tokens")
+    _check(tokens_N, lengths_S, weights_N, parents_S)
     children: list[dict[int, int]] = [{}]  # node 0 is the common root above all trees; nodes are in order of first appearance
     nodes: list[int] = []  # of each token of the samples
-    remaining, ids = iter(lengths), tokens_N.tolist()
-    left = node = 0
-    for token in ids:
-        if left == 0:
-            left, node = next(remaining), 0
-        left -= 1
-        child = children[node].setdefault(token, len(children))
-        if child == len(children):
-            children.append({})
-        node = child
-        nodes.append(node)
+    last: list[int] = []  # node that each sample ends with
+    ids = iter(tokens_N.tolist())
+    for s, length in enumerate(lengths_S.tolist()):
+        parent = -1 if parents_S is None else int(parents_S[s])
+        node = 0 if parent < 0 else last[parent]
+        for token in itertools.islice(ids, length):
+            child = children[node].setdefault(token, len(children))
+            if child == len(children):
+                children.append({})
+            node = child
+            nodes.append(node)
+        last.append(node)
     position = np.full(len(children), -1)
     parents: list[int] = []
     tokens: list[int] = []
     stack = [(child, token, -1) for token, child in reversed(children[0].items())]
     while stack:
-        node, token, parent = stack.pop()
+        node, token, up = stack.pop()
         position[node] = here = len(parents)
-        parents.append(parent)
+        parents.append(up)
         tokens.append(token)
         stack.extend((child, token, here) for token, child in reversed(children[node].items()))
     place, parent_T = position[nodes], np.array(parents, dtype=np.int32)
-    multiplicity = np.bincount(place, minlength=len(parents))
-    weight = np.bincount(place, weights_N, minlength=len(parents))  # fp64, in order
-    return Merged(np.array(tokens, dtype=np.int64), parent_T, *measure_reference(parent_T),
-                  np.where(parent_T < 0, 0.0, weight).astype(np.float32), multiplicity.astype(np.int32), place)
+    depth, end = measure_reference(parent_T)
+    ends_before = np.concatenate([[0], np.cumsum(np.bincount(position[last], minlength=len(parents)))])  # samples ending before a token
+    weight = np.bincount(place, weights_N, minlength=len(parents)) if weights_N is not None else ends_before[end] - ends_before[:-1]
+    return Merged(np.array(tokens, dtype=np.int64), parent_T, depth, end, np.where(parent_T < 0, 0.0, weight).astype(np.float32),
+                  (ends_before[end] - ends_before[:-1]).astype(np.int32), place)
+
+
+def _check(tokens_N: np.ndarray, lengths_S: np.ndarray, weights_N: np.ndarray | None, parents_S: np.ndarray | None) -> None:
+    if not len(lengths_S):
+        raise ValueError("samples: empty")
+    if lengths_S.min() < 1:
+        raise ValueError(f"samples[{int(np.argmax(lengths_S < 1))}]: empty")
+    if lengths_S.sum() != len(tokens_N):
+        raise ValueError(f"lengths: they add up to {lengths_S.sum()}, need the {len(tokens_N)} of tokens")
+    if weights_N is not None and len(weights_N) != len(tokens_N):
+        raise ValueError(f"weights: {len(weights_N)} values for {len(tokens_N)} tokens")
+    if parents_S is None:
+        return
+    if len(parents_S) != len(lengths_S):
+        raise ValueError(f"parents: {len(parents_S)} for {len(lengths_S)} samples")
+    wrong = (parents_S < -1) | (parents_S >= np.arange(len(parents_S)))
+    if wrong.any():
+        s = int(np.argmax(wrong))
+        raise ValueError(f"parents[{s}] = {parents_S[s]}: need an earlier sample, or -1 for none")
 
 
 def measure_reference(parent_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -96,6 +96,26 @@ def test_parents_give_back_the_forest(seed):
         np.testing.assert_array_equal(getattr(again, field), getattr(forest, field))
 
 
+@pytest.mark.parametrize("builder", [pytest.param(merge, marks=needs_kernels), merge_reference])
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(-1, 11), st.lists(st.integers(0, 2), min_size=1, max_size=6)), min_size=1, max_size=12),
+       st.integers(0, 2**20))
+def test_samples_that_go_on_from_earlier_ones_equal_whole_samples(builder, parts, seed):
+    parents = [parent if parent < s else -1 for s, (parent, _) in enumerate(parts)]
+    whole: list[list[int]] = []
+    for parent, (_, own) in zip(parents, parts, strict=True):
+        whole.append(([] if parent < 0 else whole[parent]) + own)
+    weights = [np.random.default_rng(seed + s).standard_normal(len(own)).astype(np.float32) for s, (_, own) in enumerate(parts)]
+    mine = builder(*flat([own for _, own in parts]), np.concatenate(weights), np.array(parents))
+    padded = np.concatenate([np.pad(w, (len(all_) - len(w), 0)) for w, all_ in zip(weights, whole, strict=True)])
+    reference = merge_reference(*flat(whole), padded)
+    for name in Merged._fields[:-1]:
+        np.testing.assert_array_equal(getattr(mine, name), getattr(reference, name), err_msg=name)
+    ends = np.cumsum([len(w) for w in whole])
+    np.testing.assert_array_equal(mine.place, np.concatenate([reference.place[end - len(own) : end]
+                                                              for end, (_, own) in zip(ends, parts, strict=True)]))
+
+
 @pytest.mark.parametrize("builder", [merge, merge_reference])
 def test_what_does_not_fit_is_named(builder):
     tokens = np.arange(5)
@@ -105,6 +125,10 @@ def test_what_does_not_fit_is_named(builder):
     ):
         with pytest.raises(ValueError, match=message):
             builder(tokens, np.array(lengths, dtype=np.int64), None if weights is None else np.array(weights, dtype=np.float32))
+    for parents, message in (([0, -1], r"parents\[0\] = 0"), ([-1, 1], r"parents\[1\] = 1"), ([-1, -2], r"parents\[1\] = -2"),
+                             ([-1], "parents: 1 for 2 samples")):
+        with pytest.raises(ValueError, match=message):
+            builder(tokens, np.array([2, 3]), None, np.array(parents))
 
 
 def test_samples_of_any_kind_are_taken_and_bad_ones_named():
