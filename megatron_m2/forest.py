@@ -30,6 +30,7 @@ class TokenForest:
         subtree_end: int32 [T], one past the last token that descends from it.
         weight: float32 [T], coefficient of ``-log p(token | path)`` in the loss; roots are never predicted, so theirs is 0.
         multiplicity: int32 [T] or None, how many samples pass through the token (None: one each). Expert loads count it.
+        routes: int16 [T, layers, top_k] or None, the experts that each decoder layer is to use; a row of -1: it chooses.
     """
 
     tokens: Tensor
@@ -38,6 +39,7 @@ class TokenForest:
     subtree_end: Tensor
     weight: Tensor
     multiplicity: Tensor | None = None
+    routes: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.numel()
@@ -107,7 +109,7 @@ class TokenForest:
         """The forest one level up: roots removed, their children become roots.
 
         This is what a multi-token-prediction module runs on: module k has an input only for tokens of depth >= k, and its positions
-        are ``depth - k``.
+        are ``depth - k``. It has no routes: these are of the decoder layers.
 
         Returns:
             The smaller forest [T'] and int64 [T'], the index in this forest of each token kept.
@@ -143,6 +145,8 @@ class TokenForest:
             if value.dtype != dtype or value.shape != self.tokens.shape or value.device != self.device:
                 raise ValueError(f"{name}: {value.dtype} {list(value.shape)} on {value.device}, need {dtype} [{len(self)}] "
                                  f"on {self.device}")
+        if self.routes is not None and (self.routes.dtype != torch.int16 or self.routes.dim() != 3 or len(self.routes) != len(self)):
+            raise ValueError(f"routes: {self.routes.dtype} {list(self.routes.shape)}, need torch.int16 [{len(self)}, layers, top_k]")
         if len(self) == 0:
             raise ValueError("tokens: an empty forest")
         parent, depth, end = (x.cpu().numpy().astype(np.int64) for x in (self.parent, self.depth, self.subtree_end))

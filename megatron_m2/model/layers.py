@@ -39,6 +39,7 @@ class Tokens:
     Attributes:
         rotary: angles of the C tokens. attend: how they see each other.
         multiplicity_T: int32 [T] or None, samples through each.
+        routes_TK: int16 [T, K] or None, experts to use in this layer; a row of -1: it chooses.
         rows: how many of the C tokens each tp rank has.
     """
 
@@ -46,6 +47,7 @@ class Tokens:
     attend: Attend
     multiplicity_T: Tensor | None
     rows: tuple[int, ...]
+    routes_TK: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -141,14 +143,20 @@ class MoE(nn.Module):
         self.down_proj = placed(nn.Parameter(torch.empty(experts, config.hidden_size, config.intermediate_size, dtype=dtype)),
                                 0, mine, config.num_experts, "experts")
 
-    def forward(self, x_TH: Tensor, multiplicity_T: Tensor | None) -> tuple[Tensor, RouterStats]:
-        logits_TE = self.router(x_TH)
-        routed = sigmoid_router(logits_TE, self.router.bias, self.router.top_k, multiplicity=multiplicity_T)
+    def forward(self, x_TH: Tensor, tokens: Tokens) -> tuple[Tensor, RouterStats]:
+        logits_TE, multiplicity_T = self.router(x_TH), tokens.multiplicity_T
+        routes = None if tokens.routes_TK is None else self._routes(logits_TE.detach(), tokens.routes_TK)
+        routed = sigmoid_router(logits_TE, self.router.bias, self.router.top_k, multiplicity=multiplicity_T, routes=routes)
         out = self.expert_parallel(x_TH, routed.weights, routed.experts, self.num_experts, self.mesh.ep, self._experts)
         aux_loss = None
         if self.with_aux_loss:
             aux_loss = balance_loss(logits_TE, routed.counts, multiplicity_T, partial(total, axis=self.mesh.sequence))
         return out, RouterStats(routed.counts, aux_loss)
+
+    def _routes(self, logits_TE: Tensor, routes_TK: Tensor) -> Tensor:
+        """int32 [T, K]: the recorded ones; where there are none, the router's."""
+        chosen_TK = sigmoid_router(logits_TE, self.router.bias, self.router.top_k).experts
+        return torch.where(routes_TK < 0, chosen_TK, routes_TK.int())
 
     def _experts(self, x: Tensor, weights: Tensor, experts: Tensor, routed: int) -> Tensor:
         return swiglu_experts(x, self.gate_up_proj, self.down_proj, weights, experts, self.fp8, routed)
@@ -184,5 +192,5 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_TH: Tensor, tokens: Tokens) -> tuple[Tensor, RouterStats]:
         x_TH = x_TH + self.self_attn(self.input_layernorm(x_TH), tokens)
-        routed, stats = self.moe(self.post_attention_layernorm(x_TH), tokens.multiplicity_T)
+        routed, stats = self.moe(self.post_attention_layernorm(x_TH), tokens)
         return x_TH + routed, stats

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -17,19 +17,21 @@ from torch.utils.checkpoint import checkpoint
 from megatron_m2.forest import TokenForest
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.model.layers import Attend, DecoderLayer, MoE, RMSNorm, Router, RouterStats, Tokens
-from megatron_m2.ops.linear_cross_entropy import linear_logprobs
 from megatron_m2.ops.norm_rope import Rotary, rotary_angles
 from megatron_m2.ops.tree_attention import tree_attention
 from megatron_m2.ops.weight_grad import Linear
 from megatron_m2.parallel.collectives import gather_rows
 from megatron_m2.parallel.context import TokenShards, VisibleKeys
+from megatron_m2.parallel.draft import Draft, draft_loss
 from megatron_m2.parallel.mesh import ONE, Mesh
 from megatron_m2.parallel.pipeline import Span
 from megatron_m2.parallel.placement import placement_of, shared_by
 from megatron_m2.parallel.tensor import VocabEmbedding, VocabLinear, vocab_parallel_logprobs
 
 # Shape suffixes: T tokens of the forest, R those of this rank, C of its tp ranks together (all three the same on a mesh of ones),
-# H hidden, E experts, L layers (main ones first, then MTP).
+# H hidden, E experts, L layers (main ones first, then MTP), K experts per token.
+
+Predict = Callable[[Tensor, TokenForest, TokenShards, Tensor], None]  # an MTP module's states, their forest, its shards and indices
 
 
 @dataclass
@@ -53,12 +55,35 @@ class M2Output(StageOutput):
 
     Attributes:
         logprobs: fp32 [T], ``log p(tokens[t] | path to parent[t])`` of every token with a weight, 0 elsewhere. Fp64 in an fp64 model.
+        predicted: int64, the weighted tokens whose log-probs are this rank's.
         mtp_logprobs: per MTP module k = 1..K the same [T]: the log-probability of token t seen k tokens further back than usual,
             for tokens of depth > k.
+        entropy: fp32 [T], of the distribution that each weighted token was predicted with, in nats; no gradient. None: not asked.
+        drafts: per MTP module, instead of ``mtp_logprobs``; empty: not asked.
     """
 
     logprobs: Tensor
+    predicted: Tensor
     mtp_logprobs: tuple[Tensor, ...]
+    entropy: Tensor | None = None
+    drafts: tuple[Draft, ...] = ()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a forward gives beside the log-probs of the main head.
+
+    Attributes:
+        entropy: of its predictions.
+        draft_top_k: 0: MTP modules predict tokens, and train the trunk with it. Above: they learn what the main head predicts of its
+            most probable tokens (:func:`megatron_m2.parallel.draft.draft_loss`), and train themselves alone.
+    """
+
+    entropy: bool = False
+    draft_top_k: int = 0
+
+
+NOTHING_ELSE = Asked()
 
 
 class MTPModule(nn.Module):
@@ -159,7 +184,7 @@ class M2Model(nn.Module):
 
     # ---- mathematics ----------------------------------------------------------------------------------------------------------
 
-    def forward(self, forest: TokenForest, x_RH: Tensor | None = None) -> StageOutput:
+    def forward(self, forest: TokenForest, x_RH: Tensor | None = None, asked: Asked = NOTHING_ELSE) -> StageOutput:
         """Log-probabilities of the forest's weighted tokens and what training needs beside them: see :class:`M2Output`.
 
         Args:
@@ -179,30 +204,39 @@ class M2Model(nn.Module):
         x_RH = embedding_RH if self.span.first else x_RH
         assert x_RH is not None
         tokens = self._tokens(forest, shards)
-        trunk_RH, stats = self._layers(x_RH, tokens, [tokens.attend] * (self.span.stop - self.span.start))
+        trunk_RH, stats = self._layers(x_RH, tokens, [tokens.attend] * (self.span.stop - self.span.start), self._routes(forest, shards))
         if not self.span.last:
             return StageOutput(trunk_RH, *self._sum_up(stats, forest))
         hidden_RH = self.norm(trunk_RH)
-        logprobs = self._logprobs(hidden_RH, forest, shards, None, len(forest))
+        logprobs, predicted, entropy = self._logprobs(hidden_RH, forest, shards, None, len(forest), asked.entropy)
         mtp_logprobs: list[Tensor] = []
+        drafts: list[Draft] = []
         if len(self.mtp):
             assert embedding_RH is not None
-            mtp_logprobs, mtp_stats = self._predict_further(forest, shards, embedding_RH, trunk_RH)
-            stats += mtp_stats
-        return M2Output(hidden_RH, *self._sum_up(stats, forest), logprobs, tuple(mtp_logprobs))
+            alone = asked.draft_top_k > 0
+            embedding_RH, trunk_RH = (embedding_RH.detach(), trunk_RH.detach()) if alone else (embedding_RH, trunk_RH)
 
-    def _predict_further(self, forest: TokenForest, shards: TokenShards, embedding_RH: Tensor, trunk_RH: Tensor
-                         ) -> tuple[list[Tensor], list[RouterStats]]:
-        """The MTP modules, one after the other: log-probs [T] and routing of each."""
-        mtp_logprobs, stats = [], []
-        logprob_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+            def predict(state_RH: Tensor, sub: TokenForest, sub_shards: TokenShards, index: Tensor) -> None:
+                if alone:
+                    teacher_RH = hidden_RH.detach().index_select(0, shards.place(sub_shards.mine(index)))
+                    drafts.append(self._draft(state_RH, teacher_RH, sub, sub_shards, index, len(forest), asked.draft_top_k))
+                else:
+                    mtp_logprobs.append(self._logprobs(state_RH, sub, sub_shards, index, len(forest))[0])
+
+            stats += self._predict_further(forest, shards, embedding_RH, trunk_RH, predict)
+        return M2Output(hidden_RH, *self._sum_up(stats, forest), logprobs, predicted, tuple(mtp_logprobs), entropy, tuple(drafts))
+
+    def _predict_further(self, forest: TokenForest, shards: TokenShards, embedding_RH: Tensor, trunk_RH: Tensor, predict: Predict
+                         ) -> list[RouterStats]:
+        """The MTP modules, one after the other: routing of each."""
+        stats = []
         index, sub, sub_shards, previous_RH = torch.arange(len(forest), device=forest.device), forest, shards, trunk_RH
         for module in cast(Sequence[MTPModule], self.mtp):
             parent, above = sub.parent, sub_shards
             sub, kept = sub.without_roots()
             index, sub_shards = index[kept], above.keep(kept)
             if len(sub) == 0 and self.mesh.alone:  # on a mesh the rank must keep step with the others
-                mtp_logprobs.append(torch.zeros(len(forest), dtype=logprob_dtype, device=forest.device))
+                predict(previous_RH[:0], sub, sub_shards, index)
                 stats.append(RouterStats(torch.zeros(self.config.num_experts, dtype=torch.int64, device=forest.device), None))
                 previous_RH = previous_RH[:0]
                 continue
@@ -210,8 +244,8 @@ class M2Model(nn.Module):
             embedding = embedding_RH.index_select(0, shards.place(sub_shards.mine(index)))
             previous_RH, s = self._run(module, embedding, parent_RH, self._tokens(sub, sub_shards))
             stats.append(s)
-            mtp_logprobs.append(self._logprobs(module.final_layernorm(previous_RH), sub, sub_shards, index, len(forest)))
-        return mtp_logprobs, stats
+            predict(module.final_layernorm(previous_RH), sub, sub_shards, index)
+        return stats
 
     def _sum_up(self, stats: Sequence[RouterStats], forest: TokenForest) -> tuple[Tensor, Tensor]:
         """Counts [layers, E] and the balance loss."""
@@ -224,10 +258,12 @@ class M2Model(nn.Module):
         """The decoder layers of a mesh of ones, each with its own way to attend: [T, H] before the final norm, and each one's routing."""
         return self._layers(embedding_TH, Tokens(self._rotary(position_T), attends[0], None, (len(embedding_TH),)), attends)
 
-    def _layers(self, x_RH: Tensor, tokens: Tokens, attends: Sequence[Attend]) -> tuple[Tensor, list[RouterStats]]:
+    def _layers(self, x_RH: Tensor, tokens: Tokens, attends: Sequence[Attend], routes_RLK: Tensor | None = None
+                ) -> tuple[Tensor, list[RouterStats]]:
         stats = []
-        for layer, attend in zip(self.layers[self.span.start : self.span.stop], attends, strict=True):
-            x_RH, s = self._run(layer, x_RH, replace(tokens, attend=attend))
+        for number, attend in zip(range(self.span.start, self.span.stop), attends, strict=True):
+            routes = None if routes_RLK is None else routes_RLK[:, number]
+            x_RH, s = self._run(self.layers[number], x_RH, replace(tokens, attend=attend, routes_TK=routes))
             stats.append(s)
         return x_RH, stats
 
@@ -247,8 +283,10 @@ class M2Model(nn.Module):
             return hidden_TH.float(), self.lm_head.weight.float()
         return hidden_TH, self.lm_head.weight
 
-    def _logprobs(self, hidden_RH: Tensor, forest: TokenForest, shards: TokenShards, index_T: Tensor | None, length: int) -> Tensor:
-        """[length]: log-probs of the forest's weighted tokens, scattered to their place in the forest that ``index_T`` refers to.
+    def _logprobs(self, hidden_RH: Tensor, forest: TokenForest, shards: TokenShards, index_T: Tensor | None, length: int,
+                  with_entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[length] log-probs of the forest's weighted tokens, scattered to their place in the forest that ``index_T`` refers to; these
+        places; and the same of the entropies of their distributions.
 
         A rank predicts the children of the tokens that it owns with its tp neighbours, and of those its share.
         """
@@ -257,14 +295,29 @@ class M2Model(nn.Module):
             owned = shards.owned_by_cp(sources)
             targets, sources = targets[owned], shards.place_in_cp(sources[owned])
         hidden, weight = self._head_operands(gather_rows(hidden_RH, self.mesh.tp, shards.rows))
-        tokens = forest.tokens[targets]
-        if self.mesh.tp.size == 1:
-            logprobs = linear_logprobs(hidden, weight, tokens, sources)
-        else:
-            logprobs, share = vocab_parallel_logprobs(hidden, weight, tokens, sources, self.lm_head.bounds[0], self.mesh.tp)
-            targets = targets[share]
-        place = targets if index_T is None else index_T[targets]
-        return torch.zeros(length, dtype=logprobs.dtype, device=logprobs.device).index_copy(0, place, logprobs)
+        logprobs, entropy, share = vocab_parallel_logprobs(hidden, weight, forest.tokens[targets], sources, self.lm_head.bounds[0],
+                                                           self.mesh.tp, with_entropy)
+        place = targets[share] if index_T is None else index_T[targets[share]]
+        return _scattered(logprobs, place, length), place, None if entropy is None else _scattered(entropy.detach(), place, length)
+
+    def _draft(self, state_RH: Tensor, teacher_RH: Tensor, forest: TokenForest, shards: TokenShards, index_T: Tensor, length: int,
+               top_k: int) -> Draft:
+        """What an MTP module makes of each token that predicts others, [length] each; shares as in :meth:`_logprobs`."""
+        sources = forest.predictions()[1].unique()
+        rows = sources
+        if self.mesh.cp.size > 1:
+            sources = sources[shards.owned_by_cp(sources)]
+            rows = shards.place_in_cp(sources)
+        operands = [self._head_operands(gather_rows(x, self.mesh.tp, shards.rows)) for x in (state_RH, teacher_RH)]
+        (student, weight), (teacher, _) = operands
+        draft, share = draft_loss(student.index_select(0, rows), teacher.index_select(0, rows), weight.detach(), top_k,
+                                  self.lm_head.bounds[0], self.mesh.tp)
+        place = index_T[sources[share]]
+        return Draft(*(_scattered(x, place, length) for x in draft))
+
+    @staticmethod
+    def _routes(forest: TokenForest, shards: TokenShards) -> Tensor | None:
+        return None if forest.routes is None else shards.mine(forest.routes)
 
     def _tokens(self, forest: TokenForest, shards: TokenShards) -> Tokens:
         multiplicity = None if forest.multiplicity is None else shards.mine(forest.multiplicity)
@@ -288,6 +341,10 @@ class M2Model(nn.Module):
         if int(forest.depth.max()) >= self.config.max_position_embeddings:
             raise ValueError(f"forest.depth: {int(forest.depth.max())} reaches beyond max_position_embeddings = "
                              f"{self.config.max_position_embeddings}")
+
+
+def _scattered(values: Tensor, place: Tensor, length: int) -> Tensor:
+    return torch.zeros(length, dtype=values.dtype, device=values.device).index_copy(0, place, values)
 
 
 def build_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",

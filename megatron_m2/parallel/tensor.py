@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_m2.ops.dense import dense_linear
-from megatron_m2.ops.linear_cross_entropy import SoftmaxParts, combine_parts, softmax_parts
+from megatron_m2.ops.linear_cross_entropy import (
+    SoftmaxParts,
+    combine_parts,
+    linear_logprobs,
+    linear_logprobs_and_entropy,
+    softmax_parts,
+)
 from megatron_m2.parallel.collectives import gather_rows, scatter_sum_rows
 from megatron_m2.parallel.layout import part
 from megatron_m2.parallel.mesh import Axis
@@ -58,17 +64,21 @@ class VocabLinear(nn.Linear):
         placed(self.weight, 0, self.bounds, vocab, "heads")
 
 
-def vocab_parallel_logprobs(hidden_TH: Tensor, weight_VH: Tensor, targets_N: Tensor, sources_N: Tensor, vocab_start: int, axis: Axis
-                            ) -> tuple[Tensor, slice]:
-    """Log-probs of this rank's share of the targets, and which of them that is.
+def vocab_parallel_logprobs(hidden_TH: Tensor, weight_VH: Tensor, targets_N: Tensor, sources_N: Tensor, vocab_start: int, axis: Axis,
+                            with_entropy: bool = False) -> tuple[Tensor, Tensor | None, slice]:
+    """Log-probs of this rank's share of the targets, entropies if asked, and which of them that is.
 
     Args:
         hidden_TH: [T, H], the same on every rank of the axis; weight_VH: this rank's part of the vocabulary, from ``vocab_start``.
         targets_N, sources_N: int64 [N], the same on every rank: token ids, and the row that predicts each.
     """
-    mine = softmax_parts(hidden_TH, weight_VH, targets_N, sources_N=sources_N, vocab_start=vocab_start)
-    count = len(targets_N)
-    every = gather_rows(torch.stack([mine.target, mine.lse])[None], axis, [1] * axis.size)  # [ranks, 2, N]
-    whole = combine_parts([SoftmaxParts(each[0], each[1], each.new_empty(0)) for each in every])
-    share = slice(*part(count, axis.size, axis.rank))
-    return (whole.target - whole.lse)[share], share
+    if axis.size == 1:
+        if with_entropy:
+            return *linear_logprobs_and_entropy(hidden_TH, weight_VH, targets_N, sources_N), slice(None)
+        return linear_logprobs(hidden_TH, weight_VH, targets_N, sources_N), None, slice(None)
+    mine = softmax_parts(hidden_TH, weight_VH, targets_N, sources_N=sources_N, vocab_start=vocab_start, with_mean=with_entropy)
+    own = torch.stack([mine.target, mine.lse, *([mine.mean] if with_entropy else [])])
+    every = gather_rows(own[None], axis, [1] * axis.size)  # [ranks, 2 or 3, N]
+    whole = combine_parts([SoftmaxParts(each[0], each[1], each[2] if with_entropy else each.new_empty(0)) for each in every])
+    share = slice(*part(len(targets_N), axis.size, axis.rank))
+    return (whole.target - whole.lse)[share], (whole.lse - whole.mean)[share] if with_entropy else None, share

@@ -22,7 +22,7 @@ from megatron_m2.parallel.pipeline import Action, Span, schedule
 from megatron_m2.parallel.placement import placement_of
 from megatron_m2.planning.shapes import ShapeRun, Traffic, saved_bytes
 from megatron_m2.training.config import DTYPES, TrainConfig
-from megatron_m2.training.losses import LossWeights
+from megatron_m2.training.losses import ForestObjective, LossWeights
 from megatron_m2.training.stages import ModelStages
 
 
@@ -144,7 +144,7 @@ def _hidden_rows(config: TrainConfig, mesh: Mesh) -> int:
 def _run_stages(stages: ModelStages, config: TrainConfig, run: ShapeRun) -> dict[int, int]:
     """Forward and backward of one forest through each stage by itself; bytes that autograd keeps between them."""
     forest, saved = _forest(config), {}
-    weights = LossWeights.of([forest], config.model.num_mtp_modules)
+    objective = ForestObjective([forest], LossWeights.of([forest], config.model.num_mtp_modules), config.stage.mtp_weight, 1)
     rows = _hidden_rows(config, stages.mesh)
     for number, model in stages.stages.items():
         own = {p.untyped_storage()._cdata for p in model.state_dict(keep_vars=True).values()}
@@ -154,7 +154,7 @@ def _run_stages(stages: ModelStages, config: TrainConfig, run: ShapeRun) -> dict
 
         x = None if model.span.first else torch.empty(rows, config.model.hidden_size, dtype=model.dtype, device="meta", requires_grad=True)
         with run, saved_bytes(is_weight) as kept:
-            part = stages.part(number, forest, x, weights, config.stage.mtp_weight, 1)[0]
+            part = stages.part(number, 0, forest, x, objective)[0]
             grads = [torch.empty_like(t) for t in part.outputs()]
         saved[number] = kept[0]
         with run:

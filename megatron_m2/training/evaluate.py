@@ -43,12 +43,13 @@ def evaluate(stages: ModelStages, forests: Iterable[TokenForest]) -> Evaluation:
         raise ValueError("forests: nothing to evaluate")
     mine = everything[mesh.dp.rank :: mesh.dp.size]
     # every rank runs as many, since experts are spread over the dp ranks
-    mine += [_blank(everything[0])] * (math.ceil(len(everything) / mesh.dp.size) - len(mine))
+    mine += [blank(everything[0])] * (math.ceil(len(everything) / mesh.dp.size) - len(mine))
     device = stages.pipeline.like.device
-    nats, counts = stages.logprobs([f.to(device) for f in mine])
-    return Evaluation(-float(total(nats.to(device), mesh.world)), tokens, total(counts, mesh.world))
+    sums = torch.zeros((), dtype=torch.float64, device=device)
+    counts = stages.evaluate([f.to(device) for f in mine], lambda number, output: sums.add_(output.logprobs.double().sum()))
+    return Evaluation(-float(total(sums, mesh.world)), tokens, total(counts, mesh.world))
 
 
-def _blank(forest: TokenForest) -> TokenForest:
+def blank(forest: TokenForest) -> TokenForest:
     """Of the same shape, but it predicts nothing and counts for nothing."""
     return replace(forest, weight=torch.zeros_like(forest.weight), multiplicity=torch.zeros(len(forest), dtype=torch.int32))

@@ -33,11 +33,15 @@ class MasterAdamW:
     Args:
         named: the model's ``named_parameters()``; a rank has its part of them, under the names of the whole model.
         mesh: where :func:`megatron_m2.parallel.placement.placement_of` finds who else holds a parameter.
+        apart: gradients of weights whose names begin so are clipped by their own norm, and do not count in that of the others.
+
+    Attributes:
+        norm_apart: of the last step, before clipping.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, mesh: Mesh = ONE,
-                 sharding: Sharding | None = None) -> None:
-        self.config, self.mesh = config, mesh
+                 sharding: Sharding | None = None, apart: str | None = None) -> None:
+        self.config, self.mesh, self.apart, self.norm_apart = config, mesh, apart, 0.0
         self.parameters = dict(named)
         self.gradients = GradientBuckets(self.parameters.items(), mesh, sharding or Sharding())
         self.masters: dict[str, Tensor] = dict(self.gradients.bare)
@@ -69,20 +73,21 @@ class MasterAdamW:
         """One update with the gathered gradients, which are then dropped.
 
         Returns:
-            The global gradient norm before clipping, the same on every rank.
+            The global gradient norm before clipping, the same on every rank; without the weights ``apart``.
 
         Raises:
-            FloatingPointError: on every rank: the norm is not finite; nothing was updated.
+            FloatingPointError: on every rank: a norm is not finite; nothing was updated.
         """
         self.gradients.finish()
         try:
             for bucket in self.gradients.buckets:
                 for name, gradient in zip(bucket.names, bucket.gradients(), strict=True):
                     self.masters[name].grad = gradient
-            norm = self._norm()
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"gradient norm is {norm}")
-            self._clip(norm)
+            norm, self.norm_apart = norms = self._norms()
+            if not all(map(math.isfinite, norms)):
+                raise FloatingPointError(f"gradient norm is {norm}" + f", of {self.apart} {self.norm_apart}" * (self.apart is not None))
+            for names, each in zip(self._clipped_together(), norms, strict=True):
+                self._clip(names, each)
             self.adamw.step(lr)
         finally:
             for master in self.masters.values():
@@ -91,24 +96,31 @@ class MasterAdamW:
         self.write_back()
         return norm
 
-    def _norm(self) -> float:
-        """Of all weights' gradients over the whole mesh; each element counts on one of the ranks that hold it.
+    def _clipped_together(self) -> tuple[list[str], list[str]]:
+        """Names of the others, and of those ``apart``."""
+        apart = [name for name in self.masters if self.apart is not None and name.startswith(self.apart)]
+        return [name for name in self.masters if name not in set(apart)], apart
+
+    def _norms(self) -> tuple[float, float]:
+        """Of the gradients of :meth:`_clipped_together` over the whole mesh; each element counts on one of the ranks that hold it.
 
         The ranks' sums of squares are gathered and added exactly rounded, so that every rank has the same bits in any order.
         """
         repeated = {name for b in self.gradients.buckets if b.replicas.copies.rank > 0 for name in b.names}
-        counted = [m.grad for n, m in self.masters.items() if n not in repeated and m.grad is not None and m.numel()]
         device = next(iter(self.parameters.values())).device
-        squares = torch.zeros((), dtype=torch.float64, device=device)
-        if counted:
-            squares = torch.stack([n.double() for n in torch._foreach_norm(counted)]).square().sum()
+        squares = torch.zeros(2, dtype=torch.float64, device=device)
+        for i, names in enumerate(self._clipped_together()):
+            counted = [g for n in names if n not in repeated and (g := self.masters[n].grad) is not None and g.numel()]
+            if counted:
+                squares[i] = torch.stack([n.double() for n in torch._foreach_norm(counted)]).square().sum()
         ranks = gather_rows(squares[None], self.mesh.world, [1] * self.mesh.world.size)
-        return math.sqrt(math.fsum(ranks.tolist())) if bool(ranks.isfinite().all()) else float(ranks.sum())
+        others, apart = (math.sqrt(math.fsum(r.tolist())) if bool(r.isfinite().all()) else float(r.sum()) for r in ranks.t())
+        return others, apart
 
-    def _clip(self, norm: float) -> None:
+    def _clip(self, names: Iterable[str], norm: float) -> None:
         """As ``torch.nn.utils.clip_grad_norm_`` does."""
         factor = self.config.grad_clip / (norm + 1e-6)
-        gradients = [m.grad for m in self.masters.values() if m.grad is not None and m.numel()]
+        gradients = [g for n in names if (g := self.masters[n].grad) is not None and g.numel()]
         if factor < 1 and gradients:
             torch._foreach_mul_(gradients, factor)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_m2.forest import TokenForest
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.model.layers import Router
-from megatron_m2.model.m2 import M2Output, build_stages
+from megatron_m2.model.m2 import NOTHING_ELSE, Asked, M2Output, StageOutput, build_stages
 from megatron_m2.ops.weight_grad import Later
 from megatron_m2.parallel.box import Box, module_boxes
 from megatron_m2.parallel.context import TokenShards
@@ -20,7 +20,8 @@ from megatron_m2.parallel.layout import ParallelConfig
 from megatron_m2.parallel.mesh import Mesh
 from megatron_m2.parallel.peer_memory import peer_memory
 from megatron_m2.parallel.pipeline import SPLIT_BACKWARD, Action, Part, Pipeline, schedule, split_layers, stage_ranks
-from megatron_m2.training.losses import ForestLoss, LossWeights, stage_loss
+
+Objective = Callable[[int, StageOutput], Tensor]  # a forest's number, a stage's output -> its share of the loss
 
 
 class ModelStages:
@@ -88,18 +89,20 @@ class ModelStages:
 
     # ---- passes ---------------------------------------------------------------------------------------------------------------
 
-    def train(self, forests: Sequence[TokenForest], weights: LossWeights, mtp_weight: float, num_forests: int,
-              before_backward: Callable[[bool, Sequence[nn.Parameter]], None] = lambda last, parameters: None) -> tuple[Tensor, Tensor]:
+    def train(self, forests: Sequence[TokenForest], objective: Objective,
+              before_backward: Callable[[bool, Sequence[nn.Parameter]], None] = lambda last, parameters: None, asked: Asked = NOTHING_ELSE
+              ) -> Tensor:
         """Forward and backward over this rank's forests of one step; gradients stay where they were added.
 
         Args:
-            weights, num_forests: of the whole step, over all ranks.
+            objective: of a forest's number and a stage's output, what to differentiate.
             before_backward: told which weights get their gradients of one more forest next, and whether it is the step's last.
+            asked: what the model gives beside log-probs.
 
         Returns:
-            This rank's share of the losses, fp64 [3]: next token, MTP, balance; and of the expert counts, int64 [layers + MTP, E].
+            This rank's share of the expert counts, int64 [layers + MTP, E].
         """
-        losses, counts = torch.zeros(3, dtype=torch.float64), self._no_counts()
+        counts = self._no_counts()
         left = dict.fromkeys(self.stages, len(forests))
 
         def announce(stage: int) -> None:
@@ -107,36 +110,42 @@ class ModelStages:
             before_backward(left[stage] == 0, self._completed_by(stage))
 
         def forward(stage: int, microbatch: int, x: Tensor | None) -> Part:
-            part, loss, stage_counts = self.part(stage, forests[microbatch], x, weights, mtp_weight, num_forests)
-            losses.add_(torch.stack([loss.lm.double(), loss.mtp.double(), loss.aux.double()]).cpu())
+            part, stage_counts = self.part(stage, microbatch, forests[microbatch], x, objective, asked)
             counts[self.stages[stage].counted_layers] += stage_counts
             return part
 
         self.pipeline.train(self._orders(len(forests))[self.mesh.pp.rank], forward, self._shapes(forests), announce)
-        return losses, counts
+        return counts
 
-    def part(self, stage: int, forest: TokenForest, x: Tensor | None, weights: LossWeights, mtp_weight: float, num_forests: int
-             ) -> tuple[Part, ForestLoss, Tensor]:
-        """Forward of one forest through one stage: what the pipeline needs of it, its losses, and its expert counts."""
+    def part(self, stage: int, microbatch: int, forest: TokenForest, x: Tensor | None, objective: Objective, asked: Asked = NOTHING_ELSE
+             ) -> tuple[Part, Tensor]:
+        """Forward of one forest through one stage: what the pipeline needs of it, and its expert counts."""
         model = self.stages[stage]
-        output = model(forest, x)
-        loss = stage_loss(output, forest, weights, mtp_weight, num_forests)
-        return Part(None if model.span.last else output.hidden_states, loss.total), loss, output.expert_counts
+        output = model(forest, x, asked)
+        loss = objective(microbatch, output)
+        return Part(None if model.span.last else output.hidden_states, loss), output.expert_counts
 
-    def logprobs(self, forests: Sequence[TokenForest]) -> tuple[Tensor, Tensor]:
-        """Sum of the log-probs of all weighted tokens, fp64 scalar, and expert counts: this rank's shares. No gradients."""
-        total, counts = torch.zeros((), dtype=torch.float64), self._no_counts()
+    def evaluate(self, forests: Sequence[TokenForest], take: Callable[[int, M2Output], object], asked: Asked = NOTHING_ELSE) -> Tensor:
+        """Forward over forests, no gradients.
+
+        Args:
+            take: gets a forest's number and the model's output, on the ranks of the last stage.
+
+        Returns:
+            This rank's share of the expert counts, int64 [layers + MTP, E].
+        """
+        counts = self._no_counts()
 
         def forward(stage: int, microbatch: int, x: Tensor | None) -> Part:
             model = self.stages[stage]
-            output = model(forests[microbatch], x)
+            output = model(forests[microbatch], x, asked)
             counts[model.counted_layers] += output.expert_counts
             if isinstance(output, M2Output):
-                total.add_(output.logprobs.double().sum().cpu())
+                take(microbatch, output)
             return Part(None if model.span.last else output.hidden_states, None)
 
         self.pipeline.forward_only(len(forests), forward, self._shapes(forests))
-        return total, counts
+        return counts
 
     def _no_counts(self) -> Tensor:
         rows = self.model.num_hidden_layers + self.model.num_mtp_modules

@@ -26,7 +26,7 @@ from megatron_m2.parallel.mesh import ONE, Mesh
 from megatron_m2.training import checkpoint, schedule
 from megatron_m2.training.config import DTYPES, TrainConfig
 from megatron_m2.training.evaluate import evaluate
-from megatron_m2.training.losses import LossWeights
+from megatron_m2.training.losses import ForestObjective, LossWeights
 from megatron_m2.training.metrics import GpuMeter, MetricsLog, SilentLog, expert_load
 from megatron_m2.training.optimizer import MasterAdamW
 from megatron_m2.training.stages import ModelStages
@@ -71,7 +71,8 @@ class Trainer:
         forests = [next(self.stream).to(self.device, non_blocking=True) for _ in range(stage.forests_per_step // mesh.dp.size)]
         weights = LossWeights.of(forests, self.config.model.num_mtp_modules, partial(total, axis=mesh.dp))
         mtp_weight = schedule.mtp_weight(self.step, stage)
-        losses, counts = self.stages.train(forests, weights, mtp_weight, stage.forests_per_step, self.optimizer.before_backward)
+        objective = ForestObjective(forests, weights, mtp_weight, stage.forests_per_step)
+        counts = self.stages.train(forests, objective, self.optimizer.before_backward)
         lr = schedule.learning_rate(self.step, self.config.optim, stage)
         grad_norm = self.optimizer.step(lr)
         self.last_counts = counts = total(counts, mesh.world)
@@ -80,7 +81,7 @@ class Trainer:
             for row, router in self.stages.routers():
                 update_router_bias(router.bias, counts[row], rate)
         self.step += 1
-        sums, bias = self._sums(losses, forests), self._largest_bias()
+        sums, bias = self._sums(objective.sums, forests), self._largest_bias()
         self.tokens += int(sums["tokens"])
         seconds = time.perf_counter() - started
         return {"loss/lm": sums["lm"], "loss/mtp": sums["mtp"], "loss/aux": sums["aux"], "loss/mtp_weight": mtp_weight, "optim/lr": lr,

@@ -15,7 +15,7 @@ from megatron_m2.parallel.mesh import ONE, build_mesh
 from megatron_m2.parallel.placement import placement_of
 from megatron_m2.parallel.sharding import Sharding
 from megatron_m2.training.config import OptimConfig
-from megatron_m2.training.losses import LossWeights, forest_loss
+from megatron_m2.training.losses import ForestObjective, LossWeights, forest_loss
 from megatron_m2.training.optimizer import MasterAdamW
 from megatron_m2.training.stages import ModelStages
 from tests.conftest import random_forest, tiny_config
@@ -48,7 +48,9 @@ def stages_of(dtype, mesh, parallel=ONE_RANK, **changes):
 def forward_backward(stages, everything, before_backward=lambda last, parameters: None):
     """This rank's shares of losses and counts; its gradients are summed over the forests."""
     mine = everything[stages.mesh.dp.rank :: stages.mesh.dp.size]
-    return stages.train(mine, LossWeights.of(everything, MTP), 0.3, len(everything), before_backward)
+    objective = ForestObjective(mine, LossWeights.of(everything, MTP), 0.3, len(everything))
+    counts = stages.train(mine, objective, before_backward)
+    return objective.sums, counts
 
 
 def reference(dtype, **changes):

@@ -17,7 +17,7 @@ from megatron_m2.parallel.mesh import ONE, Axis, Mesh
 from megatron_m2.planning.cluster import ClusterConfig
 from megatron_m2.planning.job import Job, Layout, Options
 from megatron_m2.training.config import OptimConfig
-from megatron_m2.training.losses import LossWeights
+from megatron_m2.training.losses import ForestObjective, LossWeights
 from megatron_m2.training.optimizer import MasterAdamW
 from megatron_m2.training.stages import ModelStages
 
@@ -85,17 +85,17 @@ class Trained:
     def __init__(self, job: Job, layout: Layout, mesh: Mesh = ONE, microbatches: int = 2) -> None:
         self.stages = ModelStages(job.model, layout.parallel, mesh, torch.bfloat16, "cpu", 0, job.seq_len // 2)
         self.forests = [chains(layout, job.seq_len, job.model.vocab_size)] * microbatches
-        self.weights = LossWeights.of(self.forests, job.model.num_mtp_modules)
+        self.objective = ForestObjective(self.forests, LossWeights.of(self.forests, job.model.num_mtp_modules), 0.3, microbatches)
         self.optimizer = MasterAdamW(self.stages.named_parameters(), OptimConfig(), mesh, layout.sharding)
         self.step()
 
     def step(self) -> None:
-        self.stages.train(self.forests, self.weights, 0.3, len(self.forests), self.optimizer.before_backward)
+        self.stages.train(self.forests, self.objective, self.optimizer.before_backward)
         self.optimizer.step(0.0)  # routes stay as they are
 
     def accumulate(self) -> None:
         """The step's forwards and backwards, nothing reduced: gloo copies what it reduces, NCCL does not."""
-        self.stages.train(self.forests, self.weights, 0.3, len(self.forests))
+        self.stages.train(self.forests, self.objective)
 
     @property
     def model(self) -> M2Model:
