@@ -165,7 +165,7 @@ class VisibleKeys:
         visible = needed[axis.rank].nonzero().squeeze(1)
         starts = shards.index_C.diff(prepend=shards.index_C.new_full((1,), -2)).ne(1).nonzero().squeeze(1).tolist()
         runs = [(start, stop, int(visible_before[shards.index_C[start]]))
-                for start, stop in zip(starts, [*starts[1:], len(shards.index_C)], strict=True)]
+                for start, stop in zip(starts, [*starts[1:], len(shards.index_C)], strict=False)]  # no starts: no token here, no run
         return cls(axis, shards.place_in_cp(torch.cat(outgoing)), [len(o) for o in outgoing], [len(i) for i in incoming],
                    torch.cat([shards.index_C, *incoming]).argsort(), visible_before[ends[visible]].int(), runs)
 

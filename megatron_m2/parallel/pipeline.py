@@ -6,9 +6,10 @@ before the first one runs; forests differ in size, so the loop here receives eac
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from megatron_m2.parallel.mesh import Axis
 # By our names those of torch. Of 1F1B torch lists no usable order (its list for drawing starts with a later microbatch).
 SPLIT_BACKWARD = ("zero_bubble", "zbv")
 SCHEDULES = {"1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "InterleavedZeroBubble", "zbv": "ZBVZeroBubble"}
+_TIMED_AS = {"F": "forward", "B": "backward", "I": "backward", "W": "backward"}
 _KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
 
 # ---- which layers ------------------------------------------------------------------------------------------------------------------
@@ -175,6 +177,7 @@ class Pipeline:
         chunks: this rank's part of the model, by stage.
         like: an empty tensor with the dtype and device of activations.
         later: of schedules that split the backward: takes the gradients of each stage's weights.
+        seconds: that the last :meth:`train` spent in forwards, backwards and transfers between stages, as the device sees it.
     """
 
     axis: Axis
@@ -182,6 +185,7 @@ class Pipeline:
     chunks: Mapping[int, nn.Module]
     like: Tensor
     later: Mapping[int, Later]
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def train(self, order: Iterable[Action], forward: Forward, shapes: Sequence[tuple[int, ...]],
               before_backward: Callable[[int], None]) -> None:
@@ -192,9 +196,19 @@ class Pipeline:
             before_backward: called with the stage before what completes its weights' gradients of one microbatch.
         """
         run = _Run(self, forward, shapes, before_backward)
+        self.seconds = {"forward": 0.0, "backward": 0.0, "communication": 0.0}
+        now = self._clock()
         for action in order:
             run.step(action)
+            before, now = now, self._clock()
+            self.seconds[_TIMED_AS.get(action.kind, "communication")] += now - before
         run.finish()
+        self.seconds["communication"] += self._clock() - now
+
+    def _clock(self) -> float:
+        if self.like.device.type == "cuda":
+            torch.cuda.synchronize(self.like.device)  # a microbatch takes long enough to hide it
+        return time.perf_counter()
 
     @torch.no_grad()
     def forward_only(self, microbatches: int, forward: Forward, shapes: Sequence[tuple[int, ...]]) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from megatron_m2.forest import TokenForest
+from megatron_m2.model.config import ModelConfig
 from megatron_m2.training.config import RunConfig
 
 # Keys under these prefixes measure the machine; all others are a function of the configuration and repeat bit for bit.
@@ -131,3 +133,11 @@ def expert_load(counts: torch.Tensor) -> dict[str, float]:
     worst = load.amax(dim=1)
     return {"moe/max_over_mean_load": float(worst.max()), "moe/max_over_mean_load_layer_avg": float(worst.mean()),
             "moe/idle_experts_share": float((counts == 0).double().mean())}
+
+
+def forest_forward_flops(model: ModelConfig, forest: TokenForest) -> int:
+    """Model FLOPs of one forward over this forest, MTP included."""
+    depth = forest.depth
+    mtp = [int((depth >= k).sum()) for k in range(1, model.num_mtp_modules + 1)]
+    predicted = sum(int(((forest.weight != 0) & (depth > k)).sum()) for k in range(model.num_mtp_modules + 1))
+    return model.forward_flops(len(forest), int((depth.long() + 1).sum()), predicted, sum(mtp))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import time
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, Protocol
@@ -37,11 +38,13 @@ class MasterAdamW:
 
     Attributes:
         norm_apart: of the last step, before clipping.
+        waited_s: for the last step's gradients to be summed over replicas.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, mesh: Mesh = ONE,
                  sharding: Sharding | None = None, apart: str | None = None) -> None:
         self.config, self.mesh, self.apart, self.norm_apart = config, mesh, apart, 0.0
+        self.waited_s = 0.0
         self.parameters = dict(named)
         self.gradients = GradientBuckets(self.parameters.items(), mesh, sharding or Sharding())
         self.masters: dict[str, Tensor] = dict(self.gradients.bare)
@@ -78,7 +81,9 @@ class MasterAdamW:
         Raises:
             FloatingPointError: on every rank: a norm is not finite; nothing was updated.
         """
+        started = time.perf_counter()
         self.gradients.finish()
+        self.waited_s = time.perf_counter() - started
         try:
             for bucket in self.gradients.buckets:
                 for name, gradient in zip(bucket.names, bucket.gradients(), strict=True):
@@ -95,6 +100,11 @@ class MasterAdamW:
             self.gradients.reset()
         self.write_back()
         return norm
+
+    def drop_gradients(self) -> None:
+        """Forgets what was gathered since the last step. Collective over the mesh."""
+        self.gradients.finish()
+        self.gradients.reset()
 
     def _clipped_together(self) -> tuple[list[str], list[str]]:
         """Names of the others, and of those ``apart``."""

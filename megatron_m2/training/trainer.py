@@ -18,7 +18,6 @@ import torch
 from megatron_m2.data.dataset import Dataset
 from megatron_m2.data.stream import ForestStream
 from megatron_m2.forest import TokenForest
-from megatron_m2.model.config import ModelConfig
 from megatron_m2.ops.router import update_router_bias
 from megatron_m2.parallel.collectives import highest, total
 from megatron_m2.parallel.launch import local_rank
@@ -27,7 +26,7 @@ from megatron_m2.training import checkpoint, schedule
 from megatron_m2.training.config import DTYPES, TrainConfig
 from megatron_m2.training.evaluate import evaluate
 from megatron_m2.training.losses import ForestObjective, LossWeights
-from megatron_m2.training.metrics import GpuMeter, MetricsLog, SilentLog, expert_load
+from megatron_m2.training.metrics import GpuMeter, MetricsLog, SilentLog, expert_load, forest_forward_flops
 from megatron_m2.training.optimizer import MasterAdamW
 from megatron_m2.training.stages import ModelStages
 
@@ -92,7 +91,7 @@ class Trainer:
     def _sums(self, losses: torch.Tensor, forests: Sequence[TokenForest]) -> dict[str, float]:
         """Losses, tokens and model FLOPs of the step, over all ranks."""
         counted = self.mesh.pp.rank == self.mesh.sequence.rank == 0  # one rank for each forest
-        flops = sum(3 * step_forward_flops(self.config.model, f) for f in forests)
+        flops = sum(3 * forest_forward_flops(self.config.model, f) for f in forests)
         mine = torch.tensor([sum(len(f) for f in forests), flops], dtype=torch.float64) * counted
         sums = total(torch.cat([losses, mine]).to(self.device), self.mesh.world)
         return dict(zip(("lm", "mtp", "aux", "tokens", "flops"), sums.tolist(), strict=True))
@@ -184,14 +183,6 @@ def open_data(config: TrainConfig, mesh: Mesh = ONE) -> tuple[Dataset, ForestStr
         raise ValueError(f"model.vocab_size = {config.model.vocab_size}: {data.path} needs at least {dataset.vocab_size}")
     return dataset, dataset.stream(data.blend, tokens_per_forest=data.tokens_per_forest, seq_len=data.seq_len, seed=config.run.seed,
                                    open_documents=data.open_documents, rank=mesh.dp.rank, world=mesh.dp.size)
-
-
-def step_forward_flops(model: ModelConfig, forest: TokenForest) -> int:
-    """Model FLOPs of one forward over this forest, MTP included."""
-    depth = forest.depth
-    mtp = [int((depth >= k).sum()) for k in range(1, model.num_mtp_modules + 1)]
-    predicted = sum(int(((forest.weight != 0) & (depth > k)).sum()) for k in range(model.num_mtp_modules + 1))
-    return model.forward_flops(len(forest), int((depth.long() + 1).sum()), predicted, sum(mtp))
 
 
 def pick_device(name: str, number: int = 0) -> torch.device:

@@ -20,9 +20,9 @@ from megatron_m2.parallel.mesh import ONE
 from megatron_m2.train import main
 from megatron_m2.training.compose import read_config
 from megatron_m2.training.evaluate import evaluate
-from megatron_m2.training.metrics import expert_load, read_metrics
+from megatron_m2.training.metrics import expert_load, forest_forward_flops, read_metrics
 from megatron_m2.training.stages import ModelStages
-from megatron_m2.training.trainer import Trainer, pick_device, step_forward_flops
+from megatron_m2.training.trainer import Trainer, pick_device
 from tests.conftest import tiny_config
 from tests.training.conftest import overrides
 
@@ -123,9 +123,9 @@ def test_divergence_stops_the_run_with_one_line(data, tmp_path, capsys):
 def test_flops_count_every_part():
     config = tiny_config(num_mtp_modules=1)
     forest = TokenForest.from_documents([range(10), range(5)])
-    without = step_forward_flops(tiny_config(), forest)
+    without = forest_forward_flops(tiny_config(), forest)
     assert without == config.forward_flops(15, 55 + 15, 13)
-    assert step_forward_flops(config, forest) == config.forward_flops(15, 70, 13 + 11, 13)
+    assert forest_forward_flops(config, forest) == config.forward_flops(15, 70, 13 + 11, 13)
 
 
 def test_expert_load():

@@ -96,7 +96,7 @@ def main() -> None:
     from megatron_m2.forest import TokenForest
     from megatron_m2.model.config import ModelConfig
     from megatron_m2.training.compose import read_config
-    from megatron_m2.training.trainer import step_forward_flops
+    from megatron_m2.training.metrics import forest_forward_flops
 
     config: ModelConfig = read_config(["model=bench_48m"]).model
     shape = config.to_dict()
@@ -107,7 +107,7 @@ def main() -> None:
         peer += measure(a.peer_python, PEER, run)
         rate.append(matmul_flops_per_s())
     tokens = a.batch * a.seq
-    flops = 3 * step_forward_flops(config, TokenForest.from_documents([range(a.seq)] * a.batch))
+    flops = 3 * forest_forward_flops(config, TokenForest.from_documents([range(a.seq)] * a.batch))
     mine, theirs = tokens / statistics.median(ours), tokens / statistics.median(peer)
     share = flops / statistics.median(ours) / statistics.median(rate)
     peer_share = flops / statistics.median(peer) / statistics.median(rate)
