@@ -1,0 +1,1 @@
+"""Forge, the agentic-RL system: what agents do becomes training data, and training improves what they do."""
