@@ -70,7 +70,8 @@ class Batch(NamedTuple):
 def check(samples: Iterable[Sample], model: ModelConfig, with_reference: bool = False) -> Batch:
     """Takes apart what can be trained and what cannot; nothing is dropped without a refusal that names it.
 
-    With ``with_reference`` it takes reference log-probs to train a sample. A refused sample that others go on from stays as their context as long as its tokens are sound.
+    A refused sample that others go on from stays as their context as long as its tokens are sound. With ``with_reference`` a sample is
+    trained only if it has reference log-probs.
     """
     kept: dict[str, Sample] = {}
     lengths: dict[str, int] = {}  # of whole paths
