@@ -26,3 +26,4 @@ echo "== tests"
 
 echo "== benches"
 "$PYTHON" tools/bench/ops.py --device cuda --cards "$OUT" --commit "$COMMIT"
+"$PYTHON" tools/bench/prefix_tree.py --device cuda --cards "$OUT" --commit "$COMMIT"

@@ -115,11 +115,11 @@ def every_sample_alone(model, samples: list[Sample], cap: float, draft_weight: f
         forest = TokenForest.from_documents([s.tokens])
         weight = torch.from_numpy(s.trainable.astype(np.float32))
         routes = None if s.routes is None else torch.from_numpy(s.routes)
-        out = model(replace(forest, weight=weight, routes=routes), asked=Asked(draft_top_k=draft_top_k))
+        out = model(replace(forest, weight=weight, routes=routes).to(model.device), asked=Asked(draft_top_k=draft_top_k))
         counts = counts + out.expert_counts
-        trained = torch.from_numpy(np.flatnonzero(s.trainable))
+        trained = torch.from_numpy(np.flatnonzero(s.trainable)).to(model.device)
         logprobs = out.logprobs[trained]
-        old, advantages = (torch.from_numpy(x[s.trainable]).to(logprobs.dtype) for x in (s.old_logprobs, s.advantages))
+        old, advantages = (torch.from_numpy(x[s.trainable]).to(logprobs) for x in (s.old_logprobs, s.advantages))
         ratio = torch.exp(logprobs.detach() - old)
         scale = s.weight / tokens[s.group] / len(groups)
         loss = -scale * (ratio.clamp(0, cap) * advantages * logprobs).sum()

@@ -29,9 +29,9 @@ CAP = 1.5  # low enough to clip many
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def learner_of(config=None, dtype=torch.float64, mesh=ONE, parallel=None, sharding=None, **model):
+def learner_of(config=None, dtype=torch.float64, mesh=ONE, parallel=None, sharding=None, device="cpu", **model):
     model = tiny_config(**{"num_mtp_modules": 2, **model})
-    stages = ModelStages(model, parallel or ParallelConfig(), mesh, dtype, "cpu", seed=1)
+    stages = ModelStages(model, parallel or ParallelConfig(), mesh, dtype, device, seed=1)
     for row, router in stages.routers():
         router.bias.copy_(torch.randn(model.num_experts, generator=torch.Generator().manual_seed(row)) * 0.05)
     optimizer = MasterAdamW(stages.named_parameters(), OptimConfig(eps=1e-15), mesh, sharding, apart="mtp.")
