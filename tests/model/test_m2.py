@@ -145,3 +145,34 @@ def test_same_seed_same_weights():
     first, second, other = (build_model(tiny_config(), torch.float32, seed=s).state_dict() for s in (5, 5, 6))
     assert all(torch.equal(first[n], second[n]) for n in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recorded_routes_are_used(recompute):
+    """Counted by hand; those that were not recorded are as the router has them, and its own choices replayed change nothing."""
+    config = tiny_config(num_mtp_modules=1)
+    model = model_with_bias(config)
+    model.recompute = recompute
+    forest = merge_samples(random_samples(3))[0]
+    plain, chosen = model(forest), []
+    hooks = [layer.moe.router.register_forward_hook(lambda router, _, logits: chosen.append(
+        (logits.sigmoid() + router.bias).topk(2).indices)) for layer in model.layers]
+    model(forest)
+    for hook in hooks:
+        hook.remove()
+    own = torch.stack(chosen, 1).to(torch.int16)
+    assert torch.equal(model(replace(forest, routes=own)).logprobs, plain.logprobs)
+    assert torch.equal(model(replace(forest, routes=torch.full_like(own, -1))).logprobs, plain.logprobs)
+    other = torch.stack([torch.randperm(8)[:2] for _ in range(len(forest) * 2)]).view(len(forest), 2, 2).to(torch.int16)
+    other[3, 1] = -1
+    replayed = model(replace(forest, routes=other))
+    assert not torch.equal(replayed.logprobs, plain.logprobs)
+    for layer in range(2):
+        counts = torch.zeros(8, dtype=torch.int64)
+        for t, row in enumerate(other[:, layer].tolist()):
+            for expert in row if row[0] >= 0 else []:
+                counts[expert] += int(forest.multiplicity[t])
+        left = replayed.expert_counts[layer] - counts  # of the token without routes
+        assert left.sum() == (2 * int(forest.multiplicity[3]) if layer == 1 else 0)
+        assert (left >= 0).all()
+    assert torch.equal(replayed.expert_counts[2].sum(), plain.expert_counts[2].sum())  # MTP modules have no recorded routes

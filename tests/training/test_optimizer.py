@@ -13,6 +13,7 @@ from torch import nn
 from megatron_m2.training import optimizer as module
 from megatron_m2.training.config import OptimConfig
 from megatron_m2.training.optimizer import MasterAdamW, make_adamw
+from tests.conftest import relative_error
 
 CONFIG = OptimConfig(weight_decay=0.2, grad_clip=1.0)
 
@@ -48,6 +49,26 @@ def test_gradients_sum_in_fp32_and_masters_keep_what_bf16_loses():
             assert torch.equal(p, optimizer.masters[name].to(p.dtype))
     assert optimizer.masters["router"] is named["router"]
     assert optimizer.masters["matrix"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("factor", [1e-3, 10.0])
+def test_weights_apart_are_clipped_by_their_own_norm(factor):
+    named, twin = parameters(torch.float64), parameters(torch.float64)
+    optimizer = MasterAdamW(named.items(), CONFIG, apart="ma")
+    for (name, p), q in zip(named.items(), twin.values(), strict=True):
+        p.grad = torch.full_like(p, factor * (3 if name == "matrix" else 1))
+        q.grad = p.grad.clone()
+    apart = torch.nn.utils.clip_grad_norm_([twin["matrix"]], CONFIG.grad_clip)
+    others = torch.nn.utils.clip_grad_norm_([twin["norm"], twin["router"]], CONFIG.grad_clip)
+    adamw = torch.optim.AdamW([{"params": [twin["matrix"], twin["router"]], "weight_decay": 0.2},
+                               {"params": [twin["norm"]], "weight_decay": 0.0}], lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    adamw.step()
+    assert optimizer.step(1e-2) == pytest.approx(float(others), rel=1e-12)
+    assert optimizer.norm_apart == pytest.approx(float(apart), rel=1e-12)
+    for name, p in named.items():
+        moments = optimizer.state_dict()[name]["exp_avg"]  # of the first step: a tenth of the clipped gradient, which AdamW's step hides
+        assert relative_error(moments, adamw.state[twin[name]]["exp_avg"]) < 1e-12, name
+        assert relative_error(p.detach(), twin[name].detach()) < 1e-12, name
 
 
 def test_clipping_is_torchs():
