@@ -109,18 +109,19 @@ class TokenForest:
         """The forest one level up: roots removed, their children become roots.
 
         This is what a multi-token-prediction module runs on: module k has an input only for tokens of depth >= k, and its positions
-        are ``depth - k``. It has no routes: these are of the decoder layers.
+        are ``depth - k``. It has no routes: these are of the decoder layers. In a piece of a forest a token with a depth but no parent
+        there is none of its roots.
 
         Returns:
             The smaller forest [T'] and int64 [T'], the index in this forest of each token kept.
         """
-        keep = self.parent >= 0
+        keep = self.depth > 0
         kept = keep.nonzero().squeeze(1)
         # before[t] = number of kept tokens in front of t, for t in [0, T]
         before = torch.zeros(len(self) + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(keep, 0, dtype=torch.int32, out=before[1:])
         old_parent = self.parent[kept].long()
-        parent = torch.where(keep[old_parent], before[old_parent], -1)
+        parent = torch.where((old_parent >= 0) & keep[old_parent], before[old_parent], -1)
         return TokenForest(self.tokens[kept], parent, self.depth[kept] - 1, before[self.subtree_end[kept].long()],
                            torch.where(parent >= 0, self.weight[kept], 0.0),
                            None if self.multiplicity is None else self.multiplicity[kept]), kept

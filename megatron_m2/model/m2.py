@@ -17,11 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from megatron_m2.forest import TokenForest
 from megatron_m2.model.config import ModelConfig
 from megatron_m2.model.layers import Attend, DecoderLayer, MoE, RMSNorm, Router, RouterStats, Tokens
+from megatron_m2.model.view import ForestView
 from megatron_m2.ops.norm_rope import Rotary, rotary_angles
-from megatron_m2.ops.tree_attention import tree_attention
 from megatron_m2.ops.weight_grad import Linear
 from megatron_m2.parallel.collectives import gather_rows
-from megatron_m2.parallel.context import TokenShards, VisibleKeys
 from megatron_m2.parallel.draft import Draft, draft_loss
 from megatron_m2.parallel.mesh import ONE, Mesh
 from megatron_m2.parallel.pipeline import Span
@@ -31,7 +30,7 @@ from megatron_m2.parallel.tensor import VocabEmbedding, VocabLinear, vocab_paral
 # Shape suffixes: T tokens of the forest, R those of this rank, C of its tp ranks together (all three the same on a mesh of ones),
 # H hidden, E experts, L layers (main ones first, then MTP), K experts per token.
 
-Predict = Callable[[Tensor, TokenForest, TokenShards, Tensor], None]  # an MTP module's states, their forest, its shards and indices
+Predict = Callable[[Tensor, ForestView], None]  # an MTP module's states and whose they are
 
 
 @dataclass
@@ -196,19 +195,24 @@ class M2Model(nn.Module):
         Raises:
             ValueError: a token id outside the vocabulary, or a path longer than ``max_position_embeddings``.
         """
-        shards = TokenShards.split(forest.depth, self.mesh)
+        if self.span.first or len(self.mtp):
+            self.check(forest)
+        return self.over(ForestView.of(forest, self.mesh), x_RH, asked)
+
+    def over(self, view: ForestView, x_RH: Tensor | None = None, asked: Asked = NOTHING_ELSE) -> StageOutput:
+        """:meth:`forward` over the tokens of a view, not checked: ``hidden_states`` are theirs, other vectors have the view's length."""
         embedding_RH = None
         if self.span.first or len(self.mtp):
-            self._check(forest)
-            embedding_RH = self.embed_tokens.embed(shards.of_cp(forest.tokens), shards.rows)
+            embedding_RH = self.embed_tokens.embed(view.shards.of_cp(view.forest.tokens), view.shards.rows)
         x_RH = embedding_RH if self.span.first else x_RH
         assert x_RH is not None
-        tokens = self._tokens(forest, shards)
-        trunk_RH, stats = self._layers(x_RH, tokens, [tokens.attend] * (self.span.stop - self.span.start), self._routes(forest, shards))
+        attends = [view.attend(layer) for layer in range(self.span.start, self.span.stop)]
+        routes_RLK = None if view.forest.routes is None else view.shards.mine(view.forest.routes)
+        trunk_RH, stats = self._layers(x_RH, self._tokens(view, self.span.start), attends, routes_RLK)
         if not self.span.last:
-            return StageOutput(trunk_RH, *self._sum_up(stats, forest))
+            return StageOutput(trunk_RH, *self._sum_up(stats, view.forest))
         hidden_RH = self.norm(trunk_RH)
-        logprobs, predicted, entropy = self._logprobs(hidden_RH, forest, shards, None, len(forest), asked.entropy)
+        logprobs, predicted, entropy = self._logprobs(hidden_RH, view, asked.entropy)
         mtp_logprobs: list[Tensor] = []
         drafts: list[Draft] = []
         if len(self.mtp):
@@ -216,35 +220,32 @@ class M2Model(nn.Module):
             alone = asked.draft_top_k > 0
             embedding_RH, trunk_RH = (embedding_RH.detach(), trunk_RH.detach()) if alone else (embedding_RH, trunk_RH)
 
-            def predict(state_RH: Tensor, sub: TokenForest, sub_shards: TokenShards, index: Tensor) -> None:
+            def predict(state_RH: Tensor, further: ForestView) -> None:
                 if alone:
-                    teacher_RH = hidden_RH.detach().index_select(0, shards.place(sub_shards.mine(index)))
-                    drafts.append(self._draft(state_RH, teacher_RH, sub, sub_shards, index, len(forest), asked.draft_top_k))
+                    teacher_RH = hidden_RH.detach().index_select(0, view.shards.place(further.shards.mine(further.index_T)))
+                    drafts.append(self._draft(state_RH, teacher_RH, further, asked.draft_top_k))
                 else:
-                    mtp_logprobs.append(self._logprobs(state_RH, sub, sub_shards, index, len(forest))[0])
+                    mtp_logprobs.append(self._logprobs(state_RH, further)[0])
 
-            stats += self._predict_further(forest, shards, embedding_RH, trunk_RH, predict)
-        return M2Output(hidden_RH, *self._sum_up(stats, forest), logprobs, predicted, tuple(mtp_logprobs), entropy, tuple(drafts))
+            stats += self._predict_further(view, embedding_RH, trunk_RH, predict)
+        return M2Output(hidden_RH, *self._sum_up(stats, view.forest), logprobs, predicted, tuple(mtp_logprobs), entropy, tuple(drafts))
 
-    def _predict_further(self, forest: TokenForest, shards: TokenShards, embedding_RH: Tensor, trunk_RH: Tensor, predict: Predict
-                         ) -> list[RouterStats]:
+    def _predict_further(self, trunk: ForestView, embedding_RH: Tensor, trunk_RH: Tensor, predict: Predict) -> list[RouterStats]:
         """The MTP modules, one after the other: routing of each."""
-        stats = []
-        index, sub, sub_shards, previous_RH = torch.arange(len(forest), device=forest.device), forest, shards, trunk_RH
-        for module in cast(Sequence[MTPModule], self.mtp):
-            parent, above = sub.parent, sub_shards
-            sub, kept = sub.without_roots()
-            index, sub_shards = index[kept], above.keep(kept)
-            if len(sub) == 0 and self.mesh.alone:  # on a mesh the rank must keep step with the others
-                predict(previous_RH[:0], sub, sub_shards, index)
-                stats.append(RouterStats(torch.zeros(self.config.num_experts, dtype=torch.int64, device=forest.device), None))
-                previous_RH = previous_RH[:0]
+        stats, view, previous_RH = [], trunk, trunk_RH
+        for layer, module in enumerate(cast(Sequence[MTPModule], self.mtp), start=self.config.num_hidden_layers):
+            above = view
+            view, parent = above.further()
+            parent_RH = above.fetch(previous_RH, parent, view)
+            if len(view.forest) == 0 and self.mesh.alone:  # on a mesh the rank must keep step with the others
+                predict(parent_RH, view)
+                stats.append(RouterStats(torch.zeros(self.config.num_experts, dtype=torch.int64, device=view.forest.device), None))
+                previous_RH = parent_RH
                 continue
-            parent_RH = above.fetch(previous_RH, parent[kept].long(), sub_shards)
-            embedding = embedding_RH.index_select(0, shards.place(sub_shards.mine(index)))
-            previous_RH, s = self._run(module, embedding, parent_RH, self._tokens(sub, sub_shards))
+            embedding = embedding_RH.index_select(0, trunk.shards.place(view.shards.mine(view.index_T)))
+            previous_RH, s = self._run(module, embedding, parent_RH, self._tokens(view, layer))
             stats.append(s)
-            predict(module.final_layernorm(previous_RH), sub, sub_shards, index)
+            predict(module.final_layernorm(previous_RH), view)
         return stats
 
     def _sum_up(self, stats: Sequence[RouterStats], forest: TokenForest) -> tuple[Tensor, Tensor]:
@@ -283,56 +284,46 @@ class M2Model(nn.Module):
             return hidden_TH.float(), self.lm_head.weight.float()
         return hidden_TH, self.lm_head.weight
 
-    def _logprobs(self, hidden_RH: Tensor, forest: TokenForest, shards: TokenShards, index_T: Tensor | None, length: int,
-                  with_entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[length] log-probs of the forest's weighted tokens, scattered to their place in the forest that ``index_T`` refers to; these
-        places; and the same of the entropies of their distributions.
+    def _logprobs(self, hidden_RH: Tensor, view: ForestView, with_entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[view.length] log-probs of what the view predicts, at their places; these places; and the same of the entropies of their
+        distributions.
 
         A rank predicts the children of the tokens that it owns with its tp neighbours, and of those its share.
         """
-        targets, sources = forest.predictions()
+        places, ids, sources = view.target_N, view.id_N, view.source_N
         if self.mesh.cp.size > 1:
-            owned = shards.owned_by_cp(sources)
-            targets, sources = targets[owned], shards.place_in_cp(sources[owned])
-        hidden, weight = self._head_operands(gather_rows(hidden_RH, self.mesh.tp, shards.rows))
-        logprobs, entropy, share = vocab_parallel_logprobs(hidden, weight, forest.tokens[targets], sources, self.lm_head.bounds[0],
-                                                           self.mesh.tp, with_entropy)
-        place = targets[share] if index_T is None else index_T[targets[share]]
-        return _scattered(logprobs, place, length), place, None if entropy is None else _scattered(entropy.detach(), place, length)
+            owned = view.shards.owned_by_cp(sources)
+            places, ids, sources = places[owned], ids[owned], view.shards.place_in_cp(sources[owned])
+        hidden, weight = self._head_operands(gather_rows(hidden_RH, self.mesh.tp, view.shards.rows))
+        logprobs, entropy, share = vocab_parallel_logprobs(hidden, weight, ids, sources, self.lm_head.bounds[0], self.mesh.tp, with_entropy)
+        places = places[share]
+        return (_scattered(logprobs, places, view.length), places,
+                None if entropy is None else _scattered(entropy.detach(), places, view.length))
 
-    def _draft(self, state_RH: Tensor, teacher_RH: Tensor, forest: TokenForest, shards: TokenShards, index_T: Tensor, length: int,
-               top_k: int) -> Draft:
-        """What an MTP module makes of each token that predicts others, [length] each; shares as in :meth:`_logprobs`."""
-        sources = forest.predictions()[1].unique()
+    def _draft(self, state_RH: Tensor, teacher_RH: Tensor, view: ForestView, top_k: int) -> Draft:
+        """What an MTP module makes of each token that predicts others, [view.length] each; shares as in :meth:`_logprobs`."""
+        sources = view.source_N.unique()
         rows = sources
         if self.mesh.cp.size > 1:
-            sources = sources[shards.owned_by_cp(sources)]
-            rows = shards.place_in_cp(sources)
-        operands = [self._head_operands(gather_rows(x, self.mesh.tp, shards.rows)) for x in (state_RH, teacher_RH)]
+            sources = sources[view.shards.owned_by_cp(sources)]
+            rows = view.shards.place_in_cp(sources)
+        operands = [self._head_operands(gather_rows(x, self.mesh.tp, view.shards.rows)) for x in (state_RH, teacher_RH)]
         (student, weight), (teacher, _) = operands
         draft, share = draft_loss(student.index_select(0, rows), teacher.index_select(0, rows), weight.detach(), top_k,
                                   self.lm_head.bounds[0], self.mesh.tp)
-        place = index_T[sources[share]]
-        return Draft(*(_scattered(x, place, length) for x in draft))
+        places = view.place_T[sources[share]]
+        return Draft(*(_scattered(x, places, view.length) for x in draft))
 
-    @staticmethod
-    def _routes(forest: TokenForest, shards: TokenShards) -> Tensor | None:
-        return None if forest.routes is None else shards.mine(forest.routes)
-
-    def _tokens(self, forest: TokenForest, shards: TokenShards) -> Tokens:
+    def _tokens(self, view: ForestView, layer: int) -> Tokens:
+        forest, shards = view.forest, view.shards
         multiplicity = None if forest.multiplicity is None else shards.mine(forest.multiplicity)
-        return Tokens(self._rotary(shards.of_cp(forest.depth)), self._attend(forest, shards), multiplicity, shards.rows)
+        return Tokens(self._rotary(shards.of_cp(forest.depth)), view.attend(layer), multiplicity, shards.rows)
 
     def _rotary(self, position_C: Tensor) -> Rotary:
         return rotary_angles(position_C, self.config.rotary_dim, self.config.rope_theta, self.dtype)
 
-    @staticmethod
-    def _attend(forest: TokenForest, shards: TokenShards) -> Attend:
-        if shards.mesh.cp.size == 1:
-            return partial(tree_attention, subtree_end_T=forest.subtree_end)
-        return partial(VisibleKeys.of(forest.subtree_end, shards).attend, block=tree_attention)
-
-    def _check(self, forest: TokenForest) -> None:
+    def check(self, forest: TokenForest) -> None:
+        """Raises ValueError for a token or a position that the model does not have."""
         if forest.device.type == "meta":
             return
         low, high = (int(x) for x in torch.aminmax(forest.tokens))
