@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_m2.forest import TokenForest
@@ -59,20 +57,6 @@ def kept_bytes(model: M2Model, forest: TokenForest) -> dict[str, int]:
         hook.remove()
     del output
     return dict(sums)
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that torch's allocator held during ``work`` beyond what it held before, temporaries of kernels included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    assert profiler.profiler is not None
-    events = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
-    assert events, "the profiler saw no allocation"
-    held = most = 0
-    for _, size in events:
-        held += size
-        most = max(most, held)
-    return most
 
 
 class Trained:

@@ -26,9 +26,10 @@ from megatron_m2.planning.job import Job, Layout, Options, legal, stages
 from megatron_m2.planning.memory import stage_memory
 from megatron_m2.planning.tokens import shares
 from megatron_m2.planning.traffic import ends_traffic, layer_traffic, replica_traffic
+from megatron_m2.training.memory import peak_bytes
 from tests.conftest import needs_kernels
 from tests.parallel.ranks import on_ranks
-from tests.planning.measure import SentBytes, Trained, job_of, kept_bytes, peak_bytes
+from tests.planning.measure import SentBytes, Trained, job_of, kept_bytes
 
 pytestmark = needs_kernels  # without them other code runs, which keeps other things
 
