@@ -20,6 +20,7 @@ from megatron_m2.parallel.layout import ParallelConfig
 from megatron_m2.parallel.mesh import Mesh
 from megatron_m2.parallel.peer_memory import peer_memory
 from megatron_m2.parallel.pipeline import SPLIT_BACKWARD, Action, Part, Pipeline, schedule, split_layers, stage_ranks
+from megatron_m2.training.streaming import stream
 
 Objective = Callable[[int, StageOutput], Tensor]  # a forest's number, a stage's output -> its share of the loss
 
@@ -116,6 +117,23 @@ class ModelStages:
 
         self.pipeline.train(self._orders(len(forests))[self.mesh.pp.rank], forward, self._shapes(forests), announce)
         return counts
+
+    def stream(self, forest: TokenForest, objective: Objective, microbatch: int, piece_tokens: int,
+               before_backward: Callable[[bool, Sequence[nn.Parameter]], None] = lambda last, parameters: None, last: bool = True,
+               asked: Asked = NOTHING_ELSE) -> Tensor:
+        """Forward and backward of one forest in pieces, whatever its size: see :func:`megatron_m2.training.streaming.stream`.
+
+        Args:
+            before_backward: as in :meth:`train`, called once: a forest is one microbatch, since other ranks' have other numbers of pieces.
+            last: whether it is the step's last forest.
+        """
+        (model, *_) = self.stages.values()
+
+        def announce(complete: bool) -> None:
+            if complete:
+                before_backward(last, list(model.parameters()))
+
+        return stream(model, forest, objective, microbatch, piece_tokens, announce, asked)
 
     def part(self, stage: int, microbatch: int, forest: TokenForest, x: Tensor | None, objective: Objective, asked: Asked = NOTHING_ELSE
              ) -> tuple[Part, Tensor]:
