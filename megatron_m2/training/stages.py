@@ -103,7 +103,7 @@ class ModelStages:
         Returns:
             This rank's share of the expert counts, int64 [layers + MTP, E].
         """
-        counts = self._no_counts()
+        counts = self.no_counts()
         left = dict.fromkeys(self.stages, len(forests))
 
         def announce(stage: int) -> None:
@@ -152,7 +152,7 @@ class ModelStages:
         Returns:
             This rank's share of the expert counts, int64 [layers + MTP, E].
         """
-        counts = self._no_counts()
+        counts = self.no_counts()
 
         def forward(stage: int, microbatch: int, x: Tensor | None) -> Part:
             model = self.stages[stage]
@@ -165,7 +165,8 @@ class ModelStages:
         self.pipeline.forward_only(len(forests), forward, self._shapes(forests))
         return counts
 
-    def _no_counts(self) -> Tensor:
+    def no_counts(self) -> Tensor:
+        """Zeros, int64 [layers + MTP, E]."""
         rows = self.model.num_hidden_layers + self.model.num_mtp_modules
         return torch.zeros(rows, self.model.num_experts, dtype=torch.int64, device=self.pipeline.like.device)
 

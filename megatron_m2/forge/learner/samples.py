@@ -67,11 +67,14 @@ class Batch(NamedTuple):
     refusals: list[Refusal]
 
 
-def check(samples: Iterable[Sample], model: ModelConfig, with_reference: bool = False) -> Batch:
+def check(samples: Iterable[Sample], model: ModelConfig, with_reference: bool = False, longest: int | None = None) -> Batch:
     """Takes apart what can be trained and what cannot; nothing is dropped without a refusal that names it.
 
-    A refused sample that others go on from stays as their context as long as its tokens are sound. With ``with_reference`` a sample is
-    trained only if it has reference log-probs.
+    A refused sample that others go on from stays as their context as long as its tokens are sound.
+
+    Args:
+        with_reference: a sample is trained only if it has reference log-probs.
+        longest: tokens that a path may have in one microbatch; None: any number.
     """
     kept: dict[str, Sample] = {}
     lengths: dict[str, int] = {}  # of whole paths
@@ -80,7 +83,7 @@ def check(samples: Iterable[Sample], model: ModelConfig, with_reference: bool = 
     groups: dict[str, bool] = {}  # whether anything of it is trained
     for sample in samples:
         groups.setdefault(sample.group, False)
-        unsound = _unsound_path(sample, kept, lengths, model)
+        unsound = _unsound_path(sample, kept, lengths, model, longest)
         reason = unsound or _unsound_training(sample, model)
         if not reason and with_reference and sample.reference_logprobs is None:
             reason = "reference_logprobs: none, the loss has a KL to the reference"
@@ -101,7 +104,7 @@ def _as_context(s: Sample, model: ModelConfig) -> Sample:
     return replace(s, trainable=np.zeros(len(s.tokens), bool), routes=None if _unsound_routes(s, model) else s.routes)
 
 
-def _unsound_path(s: Sample, kept: dict[str, Sample], lengths: dict[str, int], model: ModelConfig) -> str:
+def _unsound_path(s: Sample, kept: dict[str, Sample], lengths: dict[str, int], model: ModelConfig, longest: int | None) -> str:
     """Why the tokens cannot even be context; "" if they can."""
     if s.name in kept:
         return "name: another sample has it too"
@@ -116,6 +119,8 @@ def _unsound_path(s: Sample, kept: dict[str, Sample], lengths: dict[str, int], m
     length = len(tokens) + (lengths[s.parent] if s.parent is not None else 0)
     if length > model.max_position_embeddings:
         return f"tokens: {length} with all before them, max_position_embeddings is {model.max_position_embeddings}"
+    if longest is not None and length > longest:
+        return f"tokens: {length} with all before them, a microbatch holds {longest}; with piece_tokens they are trained in pieces"
     return ""
 
 

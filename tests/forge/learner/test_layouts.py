@@ -19,15 +19,16 @@ from tests.forge.learner.cases import every_sample_alone, recorded_first, sample
 from tests.forge.learner.test_learner import CAP, learner_of
 from tests.parallel.ranks import on_ranks
 
-# Data parallelism takes the ranks that a layout leaves of four. The last three samples leave some ranks microbatches that train nothing.
+# Data parallelism takes the ranks that a layout leaves of four. Few samples leave some ranks microbatches that train nothing.
 LAYOUTS = [{"tp": 2}, {"ep": 2}, {"pp": 2}, {"cp": 2}, {}, {"pp": 2, "tp": 2}, {"cp": 2, "ep": 2},
            {"pp": 2, "vpp": 2, "schedule": "zero_bubble", "ep": 2}, {"cp": 2, "tp": 2, "ep": 4, "recompute": True}]
+IN_PIECES = {"recompute": True}  # data parallel, with trees over the budget
 EXACT = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 MODEL = {"num_hidden_layers": 3}
 
 
-def config(top_k):
-    return LearnerConfig(PolicyLossConfig(cap=CAP), DraftConfig(0.3, top_k), Budget(40))
+def config(top_k, budget=40, piece_tokens=0):
+    return LearnerConfig(PolicyLossConfig(cap=CAP), DraftConfig(0.3, top_k), Budget(budget), piece_tokens)
 
 
 def batches():
@@ -42,10 +43,11 @@ def expected(dtype, top_k):
 
 
 def compare(dtype, tolerance, expected_by_top_k):
-    for i, sizes in enumerate(LAYOUTS):
+    for i, sizes in enumerate([*LAYOUTS, IN_PIECES]):
         top_k = (5, 0)[i % 2]
         parallel = ParallelConfig(**sizes)
-        learner = learner_of(config(top_k), dtype, build_mesh(parallel, "cpu", 2), parallel, Sharding(zero=0), **MODEL)
+        asked, mesh = config(top_k, 9, 4) if sizes is IN_PIECES else config(top_k), build_mesh(parallel, "cpu", 2)
+        learner = learner_of(asked, dtype, mesh, parallel, Sharding(zero=0), **MODEL)
         for name, (samples, _) in batches().items():
             alone = expected_by_top_k[top_k][name]
             objective, counts = learner.forward_backward(learner.prepare(samples))

@@ -74,6 +74,26 @@ def test_merged_equals_alone(shape, top_k, budget):
     assert_equal_alone(learner_of(config), samples, samples, TOLERANCE[torch.float64])
 
 
+@settings(max_examples=40)
+@given(shapes, st.sampled_from([5, 0]), st.integers(1, 9), st.sampled_from(["", "anyhow"]))
+def test_trees_over_the_budget_are_streamed(shape, top_k, piece_tokens, routed):
+    samples = samples_of(**shape, model=tiny_config(), routed=routed)
+    config = LearnerConfig(PolicyLossConfig(cap=CAP), DraftConfig(0.3, top_k), Budget(7), piece_tokens)
+    learner = learner_of(config)
+    work = learner.prepare(samples)
+    assert bool(work.streamed) == (max(len(path_of(s, samples).tokens) for s in samples) > 7)
+    as_replayed = recorded_first(samples, everywhere=False)[0] if routed else samples
+    assert_equal_alone(learner, samples, as_replayed, TOLERANCE[torch.float64])
+
+
+def test_without_pieces_a_sample_over_the_budget_is_refused():
+    samples = samples_of(7, 9)
+    long = [s.name for s in samples if len(s.tokens) > 7]
+    result = learner_of(LearnerConfig(budget=Budget(7))).step(samples, 1e-3, 0)
+    assert [r.name for r in result.refusals if r.name.startswith("s")] == long != []
+    assert "a microbatch holds 7" in result.refusals[0].reason
+
+
 @settings(max_examples=60)
 @given(shapes, st.sampled_from([5, 0]), st.booleans())
 def test_merged_equals_alone_in_fp32(shape, top_k, recompute):
