@@ -26,9 +26,10 @@ import numpy as np
 import torch
 
 from megatron_m2.forge.learner.learner import Learner, LearnerConfig
-from megatron_m2.forge.learner.merge import Sharing
+from megatron_m2.forge.learner.merge import Sharing, merge_samples
 from megatron_m2.forge.learner.objective import DraftConfig
 from megatron_m2.forge.learner.plan import Budget
+from megatron_m2.forge.learner.samples import check
 from megatron_m2.parallel.layout import ParallelConfig
 from megatron_m2.parallel.mesh import ONE
 from megatron_m2.training.compose import read_config
@@ -123,6 +124,12 @@ def in_process(workload: str, sharing: str, tokens: int, rounds: int, device: st
     return result
 
 
+def any_chain(workload: str) -> bool:
+    batch = check(WORKLOADS[workload][1](np.random.default_rng(0)), read_config(["model=bench_tree"]).model)
+    chains, alone = (len(merge_samples(batch, sharing=sharing)[0].forest) for sharing in ("chains", "none"))
+    return chains < alone
+
+
 def ceiling(alone: dict[str, float], tree: dict[str, float]) -> float:
     """Of the speed-up over every sample alone, by that step's own parts."""
     fixed = alone["head"] + alone["optimizer"]
@@ -135,13 +142,14 @@ def compare(workload: str, rounds: int, device: str) -> dict[str, Any]:
     """One workload's figures."""
     tree = in_process(workload, "tree", TOKENS, rounds, device)
     alone = in_process(workload, "none", TOKENS, 1, device)
-    chains = in_process(workload, "chains", TOKENS, 1, device)
+    linear = "chains" if any_chain(workload) else "none"  # where no sample goes on from another's end the two are one
+    chains = in_process(workload, "chains", TOKENS, 1, device) if linear == "chains" else alone
     again = in_process(workload, "tree", TOKENS, rounds, device)  # before and after the others: the machine may drift
     seconds = statistics.mean([tree["seconds"], again["seconds"]])
     most, speed_up = ceiling(alone, tree), alone["seconds"] / seconds
     whole = int(max(TOKENS, alone["tokens"]))
-    memory = {sharing: in_process(workload, sharing, budget, 0, device)["bytes"]
-              for sharing, budget in (("tree", TOKENS), ("none", TOKENS), ("chains", TOKENS))}
+    memory = {sharing: in_process(workload, sharing, TOKENS, 0, device)["bytes"] for sharing in dict.fromkeys(("tree", "none", linear))}
+    memory["chains"] = memory[linear]
     memory["tree, one microbatch"] = in_process(workload, "tree", whole, 0, device)["bytes"]
     return {"workload": workload, "what": WORKLOADS[workload][0], "tokens": int(alone["tokens"]), "unique_tokens": int(tree["unique"]),
             "token_ratio": alone["tokens"] / tree["unique"], "pair_ratio": tree["pair_ratio"], "tree_s": seconds,
