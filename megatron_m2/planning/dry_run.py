@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_m2.forest import TokenForest
+from megatron_m2.model.m2 import StageOutput
 from megatron_m2.parallel.context import TokenShards
 from megatron_m2.parallel.layout import ParallelConfig
 from megatron_m2.parallel.mesh import Axis, Mesh, build_mesh
@@ -22,7 +23,7 @@ from megatron_m2.parallel.pipeline import Action, Span, schedule
 from megatron_m2.parallel.placement import placement_of
 from megatron_m2.planning.shapes import ShapeRun, Traffic, saved_bytes
 from megatron_m2.training.config import DTYPES, TrainConfig
-from megatron_m2.training.losses import ForestObjective, LossWeights
+from megatron_m2.training.losses import LossWeights, stage_loss
 from megatron_m2.training.stages import ModelStages
 
 
@@ -144,7 +145,11 @@ def _hidden_rows(config: TrainConfig, mesh: Mesh) -> int:
 def _run_stages(stages: ModelStages, config: TrainConfig, run: ShapeRun) -> dict[int, int]:
     """Forward and backward of one forest through each stage by itself; bytes that autograd keeps between them."""
     forest, saved = _forest(config), {}
-    objective = ForestObjective([forest], LossWeights.of([forest], config.model.num_mtp_modules), config.stage.mtp_weight, 1)
+    weights = LossWeights.of([forest], config.model.num_mtp_modules)
+
+    def objective(microbatch: int, output: StageOutput) -> torch.Tensor:
+        return stage_loss(output, forest, weights, config.stage.mtp_weight, 1).total
+
     rows = _hidden_rows(config, stages.mesh)
     for number, model in stages.stages.items():
         own = {p.untyped_storage()._cdata for p in model.state_dict(keep_vars=True).values()}

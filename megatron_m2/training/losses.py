@@ -62,6 +62,15 @@ def forest_loss(output: M2Output, forest: TokenForest, weights: LossWeights, mtp
     return ForestLoss(lm + mtp_weight * mtp + aux, lm.detach(), mtp.detach(), aux.detach())
 
 
+def stage_loss(output: StageOutput, forest: TokenForest, weights: LossWeights, mtp_weight: float, num_forests: int) -> ForestLoss:
+    """A pipeline stage's share of :func:`forest_loss`: all but the last have the balance of their own layers only."""
+    if isinstance(output, M2Output):
+        return forest_loss(output, forest, weights, mtp_weight, num_forests)
+    aux = output.aux_loss / num_forests
+    nothing = torch.zeros_like(aux)
+    return ForestLoss(aux, nothing, nothing, aux.detach())
+
+
 class ForestObjective:
     """What pre-training and SFT minimise, forest by forest of a step.
 
@@ -77,11 +86,7 @@ class ForestObjective:
         self.sums = torch.zeros(3, dtype=torch.float64)
 
     def __call__(self, microbatch: int, output: StageOutput) -> Tensor:
-        """A pipeline stage's share of :func:`forest_loss`: all but the last have the balance of their own layers only."""
-        aux = output.aux_loss / self.num_forests
-        if not isinstance(output, M2Output):
-            self.sums[2] += aux.detach().cpu()
-            return aux
-        loss = forest_loss(output, self.forests[microbatch], self.weights, self.mtp_weight, self.num_forests)
+        """What to differentiate of one forest in one pipeline stage."""
+        loss = stage_loss(output, self.forests[microbatch], self.weights, self.mtp_weight, self.num_forests)
         self.sums += torch.stack([loss.lm.double(), loss.mtp.double(), loss.aux.double()]).cpu()
         return loss.total
